@@ -1,0 +1,7 @@
+"""Collectives on real buffers: schedules compiled to programs, plans, the executor, the communicator."""
+
+from mpitrain.collectives.communicator import Communicator, PersistentPlan
+from mpitrain.collectives.executor import Task
+from mpitrain.collectives.progress import Handle, ProgressEngine
+
+__all__ = ["Communicator", "Handle", "PersistentPlan", "ProgressEngine", "Task"]

@@ -1,0 +1,77 @@
+"""Do all ranks mean the same collective? Asked before it starts, so that a mismatch is an error and never a hang.
+
+Each rank describes what it brings. The ranks compare a digest of the descriptions, 16 bytes, and only if these
+differ do they exchange the descriptions themselves, so that all of them can say who differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from mpitrain.collectives.context import Context
+from mpitrain.collectives.executor import Task
+from mpitrain.collectives.layout import Layout
+from mpitrain.collectives.plan import Call
+from mpitrain.memory import ReduceOp, dtype_named
+
+__all__ = ["agree"]
+
+_INT64 = dtype_named("int64")
+_UINT8 = dtype_named("uint8")
+_DESCRIPTION_NBYTES = 512
+
+
+def agree(context: Context, description: str, call: Call) -> Task[str]:
+    """Return the task that compares `description` over all ranks.
+
+    Its result, the same on every rank, is empty if they agree, else a message with a line for each description.
+    """
+    digest = int.from_bytes(hashlib.blake2b(description.encode(), digest_size=7).digest(), "little")
+    # One minimum finds both ends: the ranks agree if the smallest is also the largest.
+    ends = np.array([digest, -digest], np.int64)
+    if context.has_native and call.blocking:
+        while not context.native_order.may_start(call.ticket):
+            yield False
+        context.transport.native.allreduce(ends, _INT64, ReduceOp.MIN, blocking=True)
+    else:
+        program = context.program("allreduce", "recursive_doubling", Layout.packed((2,)), _INT64, nbytes=16)
+        yield from context.execute(program, [ends], _INT64, call, ReduceOp.MIN)
+    if ends[0] != -ends[1]:
+        descriptions = yield from _exchange(context, description, call)
+        return _message(descriptions)
+    return ""
+
+
+def _exchange(context: Context, description: str, call: Call) -> Task[list[str]]:
+    rank, size = context.rank, context.size
+    table = np.zeros((size, _DESCRIPTION_NBYTES), np.uint8)
+    text = description.encode()[:_DESCRIPTION_NBYTES]
+    table[rank, : len(text)] = np.frombuffer(text, np.uint8)
+    layout = Layout.packed((_DESCRIPTION_NBYTES,) * size)
+    program = context.program("allgather", "ring", layout, _UINT8, nbytes=table.nbytes)
+    yield from context.execute(program, [table.reshape(-1)], _UINT8, call)
+    return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in table]
+
+
+def _message(descriptions: list[str]) -> str:
+    by_description: dict[str, list[int]] = {}
+    for rank, description in enumerate(descriptions):
+        by_description.setdefault(description, []).append(rank)
+    lines = [f"  ranks {_ranges(ranks)}: {description}" for description, ranks in by_description.items()]
+    return "\n".join(["collective: ranks bring different things; call the same on every rank", *lines])
+
+
+def _ranges(ranks: list[int]) -> str:
+    """Write ascending ranks as "0-2, 5"."""
+    parts: list[str] = []
+    begin = previous = ranks[0]
+    for rank in [*ranks[1:], None]:
+        if rank is not None and rank == previous + 1:
+            previous = rank
+            continue
+        parts.append(str(begin) if begin == previous else f"{begin}-{previous}")
+        if rank is not None:
+            begin = previous = rank
+    return ", ".join(parts)

@@ -1,0 +1,291 @@
+"""The public face of the collectives."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+from collections.abc import Callable
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpitrain.collectives import operations
+from mpitrain.collectives.agreement import agree
+from mpitrain.collectives.context import Context
+from mpitrain.collectives.executor import Task
+from mpitrain.collectives.peers import PeerWatch
+from mpitrain.collectives.plan import Call, Plan
+from mpitrain.collectives.progress import Handle, ProgressEngine, drive
+from mpitrain.collectives.verbs import Collectives
+from mpitrain.comm import Topology, Transport
+from mpitrain.config import Settings
+from mpitrain.errors import CollectiveMismatchError, MpitrainError
+from mpitrain.memory import ReduceOp, ScratchPool
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+__all__ = ["Communicator", "PersistentPlan"]
+
+Result = TypeVar("Result")
+
+# Tags are used in turn: far more than there are operations in flight, within the bound of every MPI library.
+_MOST_TAGS = 32768
+
+
+class Communicator(Collectives):
+    """Collectives among a group of ranks, on NumPy arrays and torch CPU tensors.
+
+        comm = Communicator.from_mpi()
+        total = comm.allreduce(array)                  # a new array
+        handle = comm.allreduce_async_(array, op="average", algorithm="ring")
+        ...
+        handle.wait()                                  # array now holds the average
+
+    The meaning is MPI's: all ranks call the same operations in the same order, and a call matches the
+    call of the same place on the others. Names that end in `_` work in place; `_async` forms return a
+    `Handle`. Arrays must be contiguous, and one that is used by an operation in flight must be left alone.
+
+    A communicator owns duplicates of what it was made from, so its messages meet no others. Making,
+    splitting and freeing one are collective: every rank must call.
+
+    Args:
+        transport: Carries the messages; the communicator owns it from now on.
+        settings: Same on every rank; read from the environment if not given.
+        engine: Advances asynchronous operations; shared among communicators of one process.
+    """
+
+    def __init__(
+        self, transport: Transport, *, settings: Settings | None = None, engine: ProgressEngine | None = None
+    ) -> None:
+        self.settings = settings or Settings.from_environ()
+        self.topology = Topology.discover(transport)
+        self.engine = engine or _make_engine(self.settings, self.topology)
+        self._context = Context(transport, self.settings, ScratchPool())
+        self._watch = PeerWatch(transport, self.settings)
+        self._calls = 0
+        self._in_flight = 0
+        self._freed = False
+
+    @classmethod
+    def from_mpi(cls, comm: MPI.Comm | None = None, *, settings: Settings | None = None) -> Communicator:
+        """Make a communicator of the ranks of an MPI communicator.
+
+        Args:
+            comm: Any intracommunicator; the world if not given. It is duplicated, not used.
+            settings: Same on every rank; read from the environment if not given.
+
+        Raises:
+            UnavailableError: MPI lacks a thread level that the progress thread needs.
+        """
+        from mpi4py import MPI
+
+        from mpitrain.comm.mpi import MPITransport
+
+        return cls(MPITransport(MPI.COMM_WORLD if comm is None else comm), settings=settings)
+
+    # Who and where
+
+    @property
+    def rank(self) -> int:
+        """This rank, from 0 to `size - 1`."""
+        return self._context.rank
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return self._context.size
+
+    @property
+    def transport(self) -> Transport:
+        """What carries the messages."""
+        return self._context.transport
+
+    # Objects
+
+    def allgather_obj(self, value: Any) -> list[Any]:
+        """Collect one picklable value of each rank; every rank returns all, in rank order.
+
+        Ranks of one job trust each other: unpickling runs code that a peer chooses.
+
+        Raises:
+            ValueError: A rank's value cannot be pickled; on every rank.
+        """
+        values = self._exchange_pickled(value)
+        return [pickle.loads(data) for data in values]
+
+    def broadcast_obj(self, value: Any = None, *, root: int = 0) -> Any:
+        """Copy the root's picklable `value`, which is ignored elsewhere; every rank returns it, the root its own.
+
+        Raises:
+            ValueError: Root out of range, or the root's value cannot be pickled; on every rank.
+        """
+        self._context.check_root("broadcast_obj", root)
+        values = self._exchange_pickled(value if self.rank == root else None)
+        return value if self.rank == root else pickle.loads(values[root])
+
+    def _exchange_pickled(self, value: Any) -> list[bytes]:
+        try:
+            data, error = pickle.dumps(value), ""
+        except Exception as problem:  # whatever a class's own pickling raises
+            data, error = b"", f"rank {self.rank}: {type(value).__qualname__} cannot be pickled ({problem})"
+        header = np.array([len(data), len(error.encode())], np.int64)
+        lengths = self.allgather(header).reshape(self.size, 2)
+        if lengths[:, 1].any():
+            texts = self._allgather_bytes(error.encode(), lengths[:, 1])
+            raise ValueError("object: " + "; ".join(text.decode() for text in texts if text))
+        return self._allgather_bytes(data, lengths[:, 0])
+
+    def _allgather_bytes(self, data: bytes, lengths: NDArray[np.int64]) -> list[bytes]:
+        rows = [int(length) for length in lengths]
+        everything = self.allgather(np.frombuffer(data, np.uint8), rows=rows)
+        ends = list(accumulate(rows))
+        return [everything[end - length : end].tobytes() for end, length in zip(ends, rows, strict=True)]
+
+    # Plans
+
+    def plan_allreduce_(
+        self, array: Any, *, op: str | ReduceOp = "sum", algorithm: str = "auto"
+    ) -> PersistentPlan:
+        """Prepare an `allreduce_` of `array` that is run many times, as MPI-4's `Allreduce_init`.
+
+        That all ranks mean the same is checked once, here. Every rank must call.
+        """
+        plan = self._checked(operations.plan_allreduce, array, op=op, algorithm=algorithm, in_place=True)
+        return PersistentPlan(self, plan)
+
+    # How plans are run
+
+    def _run(self, make_plan: Callable[..., Plan[Result]], *arguments: Any, **options: Any) -> Result:
+        plan = self._try(make_plan, arguments, options)
+        return self._drive(self._call(plan, blocking=True, check=self.settings.check))
+
+    def _start(self, make_plan: Callable[..., Plan[Result]], *arguments: Any, **options: Any) -> Handle[Result]:
+        plan = self._try(make_plan, arguments, options)
+        return self.start(plan, check=self.settings.check)
+
+    def start(self, plan: Plan[Result], *, check: bool = False) -> Handle[Result]:
+        """Start a plan that was made for this communicator; every rank must start it."""
+        return self.engine.start(self._call(plan, blocking=False, check=check), plan.description)
+
+    def run(self, plan: Plan[Result], *, check: bool = False) -> Result:
+        """Run a plan that was made for this communicator; every rank must run it."""
+        return self._drive(self._call(plan, blocking=True, check=check))
+
+    def _checked(self, make_plan: Callable[..., Plan[Result]], *arguments: Any, **options: Any) -> Plan[Result]:
+        plan = self._try(make_plan, arguments, options)
+        self._drive(self._call(Plan(plan.description, _nothing), blocking=True, check=True))
+        return plan
+
+    def _try(
+        self, make_plan: Callable[..., Plan[Result]], arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> Plan[Result]:
+        self._watch.check()
+        try:
+            return make_plan(self._context, *arguments, **options)
+        except (ValueError, TypeError, MpitrainError) as error:
+            if self.settings.check:
+                # The others may have brought good arguments and be waiting: tell them, then raise.
+                description = f"bad argument: {type(error).__name__}: {error}"
+                with contextlib.suppress(CollectiveMismatchError):
+                    self._drive(self._call(Plan(description, _nothing), blocking=True, check=True))
+            raise
+
+    def _call(self, plan: Plan[Result], *, blocking: bool, check: bool) -> Task[Result]:
+        """Return the guarded task of one call; taking its number here keeps calls in order on all ranks."""
+        self._watch.check()
+        index = self._calls
+        self._calls += 1
+        order = self._context.native_order
+        takes_turn = self._context.has_native and (plan.uses_native or (check and blocking))
+        call = Call(
+            tag=index % min(self.transport.max_tag, _MOST_TAGS),
+            blocking=blocking,
+            ticket=order.take_ticket() if takes_turn else -1,
+        )
+
+        self._in_flight += 1
+        return self._task(plan, call, index, check=check)
+
+    def _task(self, plan: Plan[Result], call: Call, index: int, *, check: bool) -> Task[Result]:
+        guard = self._watch.guard
+        try:
+            if check and self.size > 1:
+                disagreement = yield from guard(agree(self._context, plan.description, call), plan.description, index)
+                if disagreement:
+                    # All ranks know and nothing was started, so the communicator stays usable.
+                    raise CollectiveMismatchError(disagreement)
+            return (yield from guard(plan.task(call), plan.description, index))
+        finally:
+            self._in_flight -= 1
+            if call.ticket >= 0:
+                self._context.native_order.give_back(call.ticket)
+
+    def _drive(self, task: Task[Result]) -> Result:
+        return drive(task, spin=self.engine.spin_waiting)
+
+    # Life cycle
+
+    def split(self, color: int | None, key: int | None = None) -> Communicator | None:
+        """Make communicators of the ranks of one color, ordered by key (default: their rank).
+
+        Every rank must call; where color is None, the result is None.
+        """
+        transport = self.transport.split(color, self.rank if key is None else key)
+        if transport is None:
+            return None
+        return Communicator(transport, settings=self.settings, engine=self.engine)
+
+    def duplicate(self) -> Communicator:
+        """Make a communicator of the same ranks whose operations are independent of this one's."""
+        return Communicator(self.transport.duplicate(), settings=self.settings, engine=self.engine)
+
+    def revoke(self, reason: str) -> None:
+        """Give the communicator up: operations of all ranks on it raise `CommRevokedError`."""
+        self._watch.revoke(reason)
+
+    def leave(self, reason: str) -> None:
+        """Tell the other ranks that this one calls no further operation, so that none waits for it in vain."""
+        if self._in_flight:
+            self._watch.revoke(reason)
+        else:
+            self._watch.leave(self._calls, reason)
+
+    def free(self) -> None:
+        """Release the communicator. Every rank must call, when no operation is in flight."""
+        if not self._freed:
+            self._freed = True
+            self.transport.free()
+
+
+class PersistentPlan:
+    """A collective on one array, prepared for many runs; every rank runs it in its turn among all calls."""
+
+    def __init__(self, comm: Communicator, plan: Plan[Any]) -> None:
+        self._comm = comm
+        self._plan = plan
+        self.description = plan.description
+
+    def run(self) -> Any:
+        """Run it to its end."""
+        return self._comm.run(self._plan)
+
+    def start(self) -> Handle[Any]:
+        """Start it; the array must be left alone until the handle is done."""
+        return self._comm.start(self._plan)
+
+
+def _nothing(_call: Call) -> Task[Any]:
+    return None
+    yield
+
+
+def _make_engine(settings: Settings, topology: Topology) -> ProgressEngine:
+    # The thread that waits needs the rank's own core; a progress thread that polls needs a second one.
+    by_itself = settings.wait == "auto"
+    return ProgressEngine(
+        spin_waiting=topology.cores_per_rank >= 1 if by_itself else settings.wait == "spin",
+        spin_background=topology.cores_per_rank >= 2 if by_itself else settings.wait == "spin",
+    )

@@ -1,0 +1,189 @@
+"""Runs a program: moves real buffers over a transport, as a task that never blocks.
+
+A *task* is a generator. Each `next` moves on whatever can move and yields whether anything did; the return value
+is the result. Whoever drives it (a blocking call, or the progress thread for all operations in flight) decides how to wait.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpitrain.collectives.program import Program
+from mpitrain.comm import Bytes, Request, Transport
+from mpitrain.memory import DType, ReduceOp, ScratchPool, reduce_into
+
+__all__ = ["Task", "execute"]
+
+Result = TypeVar("Result")
+Task = Generator[bool, None, Result]
+
+_NOTHING: Bytes = np.empty(0, dtype=np.uint8)
+
+
+def execute(
+    transport: Transport,
+    program: Program,
+    arrays: Sequence[NDArray[Any]],
+    dtype: DType,
+    *,
+    tag: int,
+    op: ReduceOp = ReduceOp.SUM,
+    scratch: ScratchPool,
+    receive_window: int = 4,
+) -> Task[None]:
+    """Return the task that runs `program`.
+
+    Args:
+        transport: Where the messages go; every rank runs its own program of the same schedule.
+        program: Compiled for this rank.
+        arrays: The arrays that the program's layout numbers, one-dimensional and contiguous, in storage dtype.
+        dtype: What the arrays hold; same on every rank.
+        tag: No other operation in flight on this transport may have it; same on every rank.
+        op: How received elements are reduced; same on every rank.
+        scratch: Memory for segments that wait to be reduced is taken from here and given back.
+        receive_window: How many such segments may be in flight.
+    """
+    if program.transfers:
+        run = _Run(transport, program, arrays, dtype, tag, op)
+        yield from run.task(scratch, receive_window)
+
+
+class _Run:
+    """The state of one execution."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        program: Program,
+        arrays: Sequence[NDArray[Any]],
+        dtype: DType,
+        tag: int,
+        op: ReduceOp,
+    ) -> None:
+        self.transport = transport
+        self.transfers = program.transfers
+        self.program = program
+        self.arrays = arrays
+        self.dtype = dtype
+        self.tag = tag
+        self.op = op
+        self.waits = list(program.waits)
+        self.sends = [deque(queue) for queue in program.sends]
+        self.receives = deque(program.receives)
+        self.remaining = len(program.transfers)
+        # Parallel lists: requests under way, the transfer of each, and where a segment to be reduced lands.
+        self.requests: list[Request] = []
+        self.owners: list[int] = []
+        self.slots: list[NDArray[Any]] = []
+        self.landing: dict[int, NDArray[Any]] = {}
+        # Received, but the old contents are still being sent to somebody.
+        self.arrived: list[int] = []
+
+    def task(self, scratch: ScratchPool, receive_window: int) -> Task[None]:
+        """Move transfers until none remains."""
+        program = self.program
+        slot_count = program.largest_reduce_count
+        num_slots = min(receive_window, sum(program.transfers[index].reduce for index in program.receives))
+        slot_nbytes = -(-slot_count * self.dtype.itemsize // 64) * 64
+        memory = scratch.acquire(num_slots * slot_nbytes)
+        self.slots = [
+            memory[slot * slot_nbytes : slot * slot_nbytes + slot_count * self.dtype.itemsize].view(self.dtype.storage)
+            for slot in range(num_slots)
+        ]
+        try:
+            while True:
+                moved = self._post_receives()
+                moved |= self._post_sends()
+                moved |= self._complete()
+                if not self.remaining:
+                    return
+                yield moved
+        except BaseException:
+            # MPI may still write into the slots: they are lost to the pool, not given back.
+            memory = None
+            self.transport.abandon(self.requests)
+            raise
+        finally:
+            if memory is not None:
+                scratch.release(memory)
+
+    def _post_receives(self) -> bool:
+        moved = False
+        while self.receives:
+            index = self.receives[0]
+            transfer = self.transfers[index]
+            if transfer.reduce:
+                if not self.slots:
+                    break
+                target = self.slots.pop()
+                self.landing[index] = target
+                buffer = target[: transfer.count].view("u1")
+            elif self.waits[index]:
+                break
+            else:
+                buffer = self._bytes(index)
+            self.receives.popleft()
+            self._track(self.transport.irecv(buffer, transfer.peer, self.tag), index)
+            moved = True
+        return moved
+
+    def _post_sends(self) -> bool:
+        moved = False
+        for queue in self.sends:
+            while queue and not self.waits[queue[0]]:
+                index = queue.popleft()
+                self._track(self.transport.isend(self._bytes(index), self.transfers[index].peer, self.tag), index)
+                moved = True
+        return moved
+
+    def _complete(self) -> bool:
+        done = self.transport.test_some(self.requests) if self.requests else ()
+        if not done:
+            return False
+        for position in sorted(done, reverse=True):
+            index = self.owners[position]
+            # Order in these lists means nothing: fill the gap with the last entry.
+            self.requests[position] = self.requests[-1]
+            self.owners[position] = self.owners[-1]
+            self.requests.pop()
+            self.owners.pop()
+            if not self.transfers[index].reduce:
+                self._finish(index)
+            elif self.waits[index]:
+                self.arrived.append(index)
+            else:
+                self._reduce(index)
+        return True
+
+    def _reduce(self, index: int) -> None:
+        transfer = self.transfers[index]
+        slot = self.landing.pop(index)
+        local = self.arrays[transfer.array][transfer.offset : transfer.offset + transfer.count]
+        reduce_into(local, slot[: transfer.count], self.op, self.dtype)
+        self.slots.append(slot)
+        self._finish(index)
+
+    def _finish(self, index: int) -> None:
+        self.remaining -= 1
+        waits = self.waits
+        for later in self.transfers[index].releases:
+            waits[later] -= 1
+            if not waits[later] and later in self.arrived:
+                self.arrived.remove(later)
+                self._reduce(later)
+
+    def _track(self, request: Request, index: int) -> None:
+        self.requests.append(request)
+        self.owners.append(index)
+
+    def _bytes(self, index: int) -> Bytes:
+        transfer = self.transfers[index]
+        if transfer.array < 0:
+            return _NOTHING
+        return self.arrays[transfer.array][transfer.offset : transfer.offset + transfer.count].view("u1")
+

@@ -1,0 +1,63 @@
+"""All-gather: every rank gets the arrays of all ranks, one after another."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from mpitrain.collectives.context import Context
+from mpitrain.collectives.executor import Task
+from mpitrain.collectives.layout import Layout
+from mpitrain.collectives.plan import Call, Plan
+from mpitrain.collectives.selection import NATIVE, choose_algorithm
+from mpitrain.memory import allocate_like, flat_view
+
+__all__ = ["plan_allgather"]
+
+
+def plan_allgather(
+    context: Context, array: Any, *, rows: Sequence[int] | None = None, algorithm: str = "auto"
+) -> Plan[Any]:
+    """Prepare an all-gather: the arrays of all ranks, in rank order, along the first dimension.
+
+    Args:
+        context: Of the communicator.
+        array: Shape `(rows, ...)`, or `()` for one row; dtype and further dimensions the same on every rank.
+        rows: First dimension of every rank's array where these differ; same on every rank.
+        algorithm: Same on every rank.
+
+    Raises:
+        ValueError, TypeError: Bad argument.
+    """
+    view = flat_view(array)
+    dtype = view.dtype
+    own_rows, *rest = view.shape or (1,)
+    all_rows = tuple(rows) if rows is not None else (own_rows,) * context.size
+    if len(all_rows) != context.size or all_rows[context.rank] != own_rows:
+        raise ValueError(
+            f"allgather: rows must be one first dimension per rank and {own_rows} for rank {context.rank}, "
+            f"got {list(all_rows)}; pass the same list on every rank"
+        )
+    row_count = math.prod(rest)
+    counts = tuple(row * row_count for row in all_rows)
+    layout = Layout.packed(counts)
+    nbytes = sum(counts) * dtype.itemsize
+    name = choose_algorithm("allgather", algorithm, nbytes, has_native=context.has_native)
+    uses_native = name == NATIVE
+    if not uses_native:
+        program = context.program("allgather", name, layout, dtype, nbytes=nbytes)
+
+    def task(call: Call) -> Task[Any]:
+        result = allocate_like(array, (sum(all_rows), *rest))
+        data = flat_view(result, writable=True).data
+        offset = layout.offsets[context.rank]
+        data[offset : offset + view.count] = view.data
+        if uses_native:
+            yield from context.run_native(call, context.transport.native.allgather, data, counts, dtype)
+        else:
+            yield from context.execute(program, [data], dtype, call)
+        return result
+
+    shape = [list(all_rows) if rows is not None else own_rows, *rest]
+    return Plan(f"allgather of {dtype} {shape} by {name}", task, uses_native)

@@ -1,0 +1,48 @@
+"""Broadcast: every rank gets the root's array."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mpitrain.collectives.context import Context
+from mpitrain.collectives.executor import Task
+from mpitrain.collectives.layout import Layout, even_counts
+from mpitrain.collectives.plan import Call, Plan
+from mpitrain.collectives.selection import NATIVE, choose_algorithm
+from mpitrain.memory import copy_of, flat_view
+
+__all__ = ["plan_broadcast"]
+
+
+def plan_broadcast(
+    context: Context, array: Any, *, root: int = 0, algorithm: str = "auto", in_place: bool = False
+) -> Plan[Any]:
+    """Prepare a broadcast of the root's `array`.
+
+    Args:
+        context: Of the communicator.
+        array: Any shape; shape and dtype the same on every rank. Modified only if `in_place`, and not on the root.
+        root: Same on every rank.
+        algorithm: Same on every rank.
+        in_place: The result replaces the contents of `array`, else it is a new array.
+
+    Raises:
+        ValueError, TypeError: Bad argument.
+    """
+    context.check_root("broadcast", root)
+    view = flat_view(array if in_place else copy_of(array), writable=context.rank != root)
+    dtype = view.dtype
+    name = choose_algorithm("broadcast", algorithm, view.nbytes, has_native=context.has_native)
+    uses_native = name == NATIVE
+    if not uses_native:
+        counts = even_counts(view.count, context.num_chunks("broadcast", name, view.nbytes))
+        program = context.program("broadcast", name, Layout.packed(counts), dtype, nbytes=view.nbytes, root=root)
+
+    def task(call: Call) -> Task[Any]:
+        if uses_native:
+            yield from context.run_native(call, context.transport.native.broadcast, view.data, dtype, root)
+        else:
+            yield from context.execute(program, [view.data], dtype, call)
+        return view.owner
+
+    return Plan(f"broadcast of {dtype} {list(view.shape)} from root {root} by {name}", task, uses_native)

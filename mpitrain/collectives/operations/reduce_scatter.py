@@ -1,0 +1,63 @@
+"""Reduce-scatter: every rank gets its part of the reduction of all ranks' arrays."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from mpitrain.collectives.context import Context
+from mpitrain.collectives.executor import Task
+from mpitrain.collectives.layout import Layout, even_counts
+from mpitrain.collectives.plan import Call, Plan
+from mpitrain.collectives.selection import NATIVE, choose_algorithm
+from mpitrain.memory import ReduceOp, allocate_like, check_op, divide_by, flat_view, parse_op
+
+__all__ = ["plan_reduce_scatter"]
+
+
+def plan_reduce_scatter(
+    context: Context, array: Any, *, op: str | ReduceOp = "sum", algorithm: str = "auto"
+) -> Plan[Any]:
+    """Prepare a reduce-scatter of `array`, of which rank r gets the r-th part along the first dimension.
+
+    Where the first dimension does not divide, the first ranks get one row more.
+
+    Raises:
+        ValueError, TypeError: Bad argument, such as an array without dimensions.
+    """
+    op = parse_op(op)
+    view = flat_view(array)
+    dtype = view.dtype
+    check_op(op, dtype)
+    if not view.shape:
+        raise ValueError("reduce_scatter: needs at least one dimension to cut along, got shape (); reshape the array")
+    rows = even_counts(view.shape[0], context.size)
+    row_count = math.prod(view.shape[1:])
+    counts = tuple(row * row_count for row in rows)
+    layout = Layout.packed(counts)
+    name = choose_algorithm("reduce_scatter", algorithm, view.nbytes, has_native=context.has_native)
+    uses_native = name == NATIVE
+    if not uses_native:
+        program = context.program("reduce_scatter", name, layout, dtype, nbytes=view.nbytes)
+
+    def task(call: Call) -> Task[Any]:
+        result = allocate_like(array, (rows[context.rank], *view.shape[1:]))
+        part = flat_view(result, writable=True).data
+        if uses_native:
+            native = context.transport.native.reduce_scatter
+            yield from context.run_native(call, native, view.data, part, counts, dtype, op)
+        else:
+            # Partial results replace the chunks that are passed on, so the caller's array is copied.
+            memory = context.scratch.acquire(view.nbytes)
+            work = memory.view(dtype.storage)
+            work[:] = view.data
+            yield from context.execute(program, [work], dtype, call, op)
+            offset = layout.offsets[context.rank]
+            part[:] = work[offset : offset + part.size]
+            context.scratch.release(memory)
+        if op is ReduceOp.AVERAGE:
+            divide_by(part, context.size, dtype)
+        return result
+
+    description = f"reduce_scatter {op.name.lower()} of {dtype} {list(view.shape)} by {name}"
+    return Plan(description, task, uses_native)

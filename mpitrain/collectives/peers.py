@@ -1,0 +1,141 @@
+"""News about the other ranks of a communicator: who gave it up, who left, and who is waited for.
+
+A rank that meets an error tells all others at once, so that they raise instead of waiting for it; so does a
+rank that leaves the job. The others look for such news only while they wait and nothing moves, so it costs nothing otherwise.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import TypeVar
+
+from mpitrain.collectives.executor import Task
+from mpitrain.comm import Transport
+from mpitrain.config import Settings
+from mpitrain.errors import CommError, CommRevokedError, CommTimeoutError, RankFailedError
+
+__all__ = ["PeerWatch"]
+
+Result = TypeVar("Result")
+
+_log = logging.getLogger("mpitrain")
+
+_REVOKED = b"revoked "
+_LEFT = b"left "
+# How often news is looked for while nothing moves.
+_INTERVAL_S = 0.02
+
+
+class PeerWatch:
+    """Sends and receives the news of one communicator."""
+
+    def __init__(self, transport: Transport, settings: Settings) -> None:
+        self._transport = transport
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._revoked: str | None = None
+        self._left: dict[int, tuple[int, str]] = {}
+
+    def revoke(self, reason: str) -> None:
+        """Give the communicator up, here and on all ranks."""
+        with self._lock:
+            if self._revoked is not None:
+                return
+            self._revoked = f"rank {self._transport.rank}: {reason}"
+        self._tell_all(_REVOKED + reason.encode())
+
+    def leave(self, num_calls: int, reason: str) -> None:
+        """Tell all others that this rank, after `num_calls` operations, takes part in no further one."""
+        self._tell_all(_LEFT + f"{num_calls} {reason}".encode())
+
+    def _tell_all(self, news: bytes) -> None:
+        for peer in range(self._transport.size):
+            if peer != self._transport.rank:
+                try:
+                    self._transport.notify(peer, news)
+                except CommError:
+                    _log.debug("rank %d cannot be told %r", peer, news)
+
+    def check(self) -> None:
+        """Refuse to go on with a communicator that was given up.
+
+        Raises:
+            CommRevokedError: It was.
+        """
+        if self._revoked is not None:
+            raise CommRevokedError(
+                f"rank {self._transport.rank}/{self._transport.size}: communicator was given up by "
+                f"{self._revoked}; make a new one to go on"
+            )
+
+    def guard(self, task: Task[Result], description: str, call_index: int) -> Task[Result]:
+        """Run a task, and raise instead of waiting for ever when news, or a time limit, say that it cannot end.
+
+        Args:
+            task: The operation.
+            description: What messages call it.
+            call_index: How many operations were called before it; the same on every rank.
+
+        Raises:
+            CommRevokedError, RankFailedError, CommTimeoutError: See `errors`.
+        """
+        try:
+            idle_since_s = 0.0
+            next_look_s = 0.0
+            warned = False
+            while True:
+                try:
+                    moved = next(task)
+                except StopIteration as stop:
+                    return stop.value  # type: ignore[no-any-return]
+                if moved:
+                    idle_since_s = 0.0
+                else:
+                    now_s = time.monotonic()
+                    if not idle_since_s:
+                        idle_since_s = now_s
+                        next_look_s = now_s + _INTERVAL_S
+                    elif now_s >= next_look_s:
+                        next_look_s = now_s + _INTERVAL_S
+                        self._look(now_s - idle_since_s, description, call_index)
+                        warned = warned or self._warn(now_s - idle_since_s, description)
+                yield moved
+        except Exception as error:
+            task.close()
+            self.revoke(f"{description}: {error}")
+            raise
+
+    def _look(self, idle_s: float, description: str, call_index: int) -> None:
+        for source, news in self._transport.notices():
+            with self._lock:
+                if news.startswith(_REVOKED):
+                    self._revoked = self._revoked or f"rank {source}: {news[len(_REVOKED) :].decode()}"
+                elif news.startswith(_LEFT):
+                    num_calls, _, reason = news[len(_LEFT) :].decode().partition(" ")
+                    self._left[source] = (int(num_calls), reason)
+        self.check()
+        who = f"rank {self._transport.rank}/{self._transport.size}, {description}"
+        # Whoever left after this operation has done its part of it, even if that is still under way.
+        missing = {rank: reason for rank, (num_calls, reason) in self._left.items() if num_calls <= call_index}
+        if missing:
+            reasons = "; ".join(f"rank {rank} {reason}" for rank, reason in sorted(missing.items()))
+            raise RankFailedError(f"{who}: cannot complete without ranks that have left: {reasons}")
+        if self._settings.timeout_s and idle_s > self._settings.timeout_s:
+            raise CommTimeoutError(
+                f"{who}: nothing moved for {idle_s:.1f} s, the limit is {self._settings.timeout_s:g} s; "
+                "see which rank is late, or raise MPITRAIN_TIMEOUT_S"
+            )
+
+    def _warn(self, idle_s: float, description: str) -> bool:
+        if not self._settings.stall_warning_s or idle_s < self._settings.stall_warning_s:
+            return False
+        _log.warning(
+            "r%d/%d | %s: waits for other ranks since %.0f s",
+            self._transport.rank,
+            self._transport.size,
+            description,
+            idle_s,
+        )
+        return True

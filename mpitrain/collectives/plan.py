@@ -1,0 +1,42 @@
+"""A collective prepared once and run any number of times."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Generic, NamedTuple, TypeVar
+
+from mpitrain.collectives.executor import Task
+
+__all__ = ["Call", "Plan"]
+
+Result = TypeVar("Result")
+
+
+class Call(NamedTuple):
+    """What distinguishes one run of a plan from another.
+
+    Attributes:
+        tag: Tag of the run's messages; no other run in flight has it.
+        blocking: The caller waits in this very thread, so MPI calls may block.
+        ticket: Place among the calls that use the MPI library's own collectives; -1 if this one does not.
+    """
+
+    tag: int
+    blocking: bool
+    ticket: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan(Generic[Result]):
+    """How to run one collective on given arrays.
+
+    Attributes:
+        description: Collective, algorithm, dtype, count and so on; equal on all ranks unless they disagree.
+        task: Makes the task of one run.
+        uses_native: Whether the task starts a collective of the MPI library.
+    """
+
+    description: str
+    task: Callable[[Call], Task[Result]]
+    uses_native: bool = False

@@ -1,0 +1,180 @@
+"""A schedule compiled for one rank and one layout: transfers of memory and what each waits for.
+
+The rounds of a schedule say in which order things *mean* to happen. To keep the network busy while
+reductions run, a program drops the rounds and keeps only what must be ordered: messages are cut into
+segments, and a segment may be sent as soon as the transfers that produce its bytes are done,
+whichever rounds they belong to.
+
+Why that cannot deadlock: receives are posted in program order and sends to one peer too, so
+messages match as in the schedule. Take the messages in any order in which the (deadlock-free)
+schedule can run. The first one that is not done has all its predecessors done, on both of its ends, so it has been
+posted on both, and it will be done.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from mpitrain.collectives.layout import Layout
+from mpitrain.schedules import Algorithm, Round
+
+__all__ = ["Program", "Transfer", "compile_program", "touched_chunks"]
+
+
+class Transfer(NamedTuple):
+    """One message segment: `count` elements at `offset` of array number `array`.
+
+    Attributes:
+        peer: Who gets it, or whom it comes from.
+        is_send: Send, else receive.
+        reduce: Reduce what is received into the array instead of replacing.
+        releases: Indices of later transfers that wait for this one.
+    """
+
+    peer: int
+    is_send: bool
+    reduce: bool
+    array: int
+    offset: int
+    count: int
+    releases: tuple[int, ...]
+
+
+class Program(NamedTuple):
+    """All transfers of one rank in one collective, in program order.
+
+    Attributes:
+        transfers: In the order of the rounds; sends of a round come before its receives.
+        waits: For each transfer, how many earlier ones must be done before it may touch its memory.
+        sends: Indices of the sends, for each peer in program order.
+        receives: Indices of the receives, in program order.
+        num_rounds: Rounds of the schedule it was made from.
+    """
+
+    transfers: tuple[Transfer, ...]
+    waits: tuple[int, ...]
+    sends: tuple[tuple[int, ...], ...]
+    receives: tuple[int, ...]
+    num_rounds: int
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank receives anything."""
+        return bool(self.receives)
+
+    @property
+    def largest_reduce_count(self) -> int:
+        """Elements of the largest segment that is reduced; 0 if none is."""
+        return max((self.transfers[index].count for index in self.receives if self.transfers[index].reduce), default=0)
+
+
+class _Piece(NamedTuple):
+    peer: int
+    is_send: bool
+    reduce: bool
+    array: int
+    offset: int
+    count: int
+
+
+@functools.lru_cache(maxsize=1024)
+def compile_program(
+    algorithm: Algorithm,
+    rank: int,
+    size: int,
+    root: int,
+    num_segments: int,
+    layout: Layout,
+    segment_count: int,
+) -> Program:
+    """Compile the schedule of one rank.
+
+    Args:
+        algorithm: From the registry of schedules.
+        rank: The rank to compile for.
+        size: Number of ranks.
+        root: Same on every rank; ignored by algorithms without one.
+        num_segments: For algorithms that pipeline by themselves; same on every rank.
+        layout: Where the chunks are; counts are the same on every rank that touches them.
+        segment_count: Longest message in elements; same on every rank.
+    """
+    rounds = list(algorithm.rounds_of(rank, size, root=root, num_segments=num_segments))
+    pieces = [piece for a_round in rounds for piece in _pieces(a_round, layout, segment_count)]
+    waits, releases = _dependencies(pieces)
+    sends: dict[int, list[int]] = defaultdict(list)
+    receives: list[int] = []
+    for index, piece in enumerate(pieces):
+        if piece.is_send:
+            sends[piece.peer].append(index)
+        else:
+            receives.append(index)
+    return Program(
+        transfers=tuple(Transfer(*piece, tuple(released)) for piece, released in zip(pieces, releases, strict=True)),
+        waits=tuple(waits),
+        sends=tuple(tuple(queue) for queue in sends.values()),
+        receives=tuple(receives),
+        num_rounds=len(rounds),
+    )
+
+
+def touched_chunks(algorithm: Algorithm, rank: int, size: int, root: int) -> frozenset[int]:
+    """Chunks that this rank sends or receives, for algorithms whose layout is compact."""
+    return frozenset(
+        chunk
+        for a_round in algorithm.rounds_of(rank, size, root=root)
+        for message in (*a_round.sends, *a_round.receives)
+        for chunk in range(message.start, message.stop)
+    )
+
+
+def _pieces(a_round: Round, layout: Layout, segment_count: int) -> Iterator[_Piece]:
+    """Cut the messages of a round into segments, the same way on both of their ends."""
+    messages = [(message, True, False) for message in a_round.sends]
+    messages += [(message, False, message.reduce) for message in a_round.receives]  # type: ignore[misc]
+    for (peer, start, stop, *_), is_send, reduce in messages:
+        if start == stop:  # a bare signal
+            yield _Piece(peer, is_send, reduce, -1, 0, 0)
+            continue
+        array, offset, count = layout.span(start, stop)
+        for begin in range(0, count, segment_count):
+            length = min(segment_count, count - begin)
+            yield _Piece(peer, is_send, reduce, array, offset + begin, length)
+
+
+def _dependencies(pieces: list[_Piece]) -> tuple[list[int], list[list[int]]]:
+    """For each piece: how many earlier ones it waits for, and which later ones wait for it.
+
+    Arrays are cut at every boundary of a piece into cells, so that pieces overlap exactly where they share cells.
+    A send waits for the last writer of its cells; a receive also for the sends that still read them.
+    """
+    cuts: dict[int, set[int]] = defaultdict(set)
+    for piece in pieces:
+        cuts[piece.array] |= {piece.offset, piece.offset + piece.count}
+    ordered = {array: sorted(offsets) for array, offsets in cuts.items()}
+    position = {array: {offset: cell for cell, offset in enumerate(offsets)} for array, offsets in ordered.items()}
+    writer: dict[tuple[int, int], int] = {}
+    readers: dict[tuple[int, int], list[int]] = defaultdict(list)
+    waits = [0] * len(pieces)
+    releases: list[list[int]] = [[] for _ in pieces]
+    for index, piece in enumerate(pieces):
+        where = position[piece.array]
+        # Signals carry no memory; they share one imaginary cell, so that each follows all before it.
+        cells = range(1) if piece.array < 0 else range(where[piece.offset], where[piece.offset + piece.count])
+        before: set[int] = set()
+        for number in cells:
+            cell = (piece.array, number)
+            if cell in writer:
+                before.add(writer[cell])
+            if piece.is_send:
+                readers[cell].append(index)
+            else:
+                if piece.array >= 0:
+                    before.update(readers.pop(cell, ()))
+                writer[cell] = index
+        waits[index] = len(before)
+        for earlier in before:
+            releases[earlier].append(index)
+    return waits, releases

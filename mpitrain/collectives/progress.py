@@ -1,0 +1,189 @@
+"""Operations in flight, and the one thread that advances them all.
+
+Each operation is a task (see `collectives.executor`). The thread advances all of them in turn and never
+blocks inside one, so operations that were started in different order, or on different communicators, never
+wait for each other. A thread that waits for a handle advances them itself meanwhile, which saves the hand-over.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from mpitrain.collectives.executor import Task
+from mpitrain.comm import Backoff
+from mpitrain.errors import CommTimeoutError
+
+__all__ = ["Handle", "ProgressEngine", "drive"]
+
+Result = TypeVar("Result")
+
+
+def drive(task: Task[Result], *, spin: bool) -> Result:
+    """Run a task to its end in the calling thread."""
+    backoff = Backoff(spin=spin)
+    while True:
+        try:
+            moved = next(task)
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]
+        if moved:
+            backoff.reset()
+        else:
+            backoff.pause()
+
+
+class Handle(Generic[Result]):
+    """An operation in flight."""
+
+    def __init__(self, engine: ProgressEngine, task: Task[Result], description: str) -> None:
+        self.description = description
+        self._engine = engine
+        self._task: Task[Result] | None = task
+        self._result: Result | None = None
+        self._error: BaseException | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether the operation has ended, well or with an error; never blocks."""
+        return self._task is None
+
+    def wait(self, timeout_s: float | None = None) -> Result:
+        """Wait for the end and return the operation's result.
+
+        Args:
+            timeout_s: Give up waiting (not the operation) after so many seconds.
+
+        Raises:
+            CommTimeoutError: `timeout_s` has passed; the operation is still in flight.
+            MpitrainError: What the operation failed with; again at every further call.
+        """
+        if self._task is not None:
+            self._engine.wait(self, timeout_s)
+        if self._error is not None:
+            raise self._error
+        return self._result  # type: ignore[return-value]
+
+    def advance(self) -> bool:
+        """Move the operation on if it can move; only the engine calls this."""
+        assert self._task is not None
+        try:
+            return next(self._task)
+        except StopIteration as stop:
+            self._result = stop.value
+        except BaseException as error:
+            self._error = error
+            if not isinstance(error, Exception):  # an interrupt is for whoever drives, not only for this operation
+                self._task = None
+                raise
+        self._task = None
+        return True
+
+
+class ProgressEngine:
+    """Advances the operations of any number of communicators.
+
+    Args:
+        spin_waiting: Whether a thread that waits for a handle may keep polling.
+        spin_background: Whether the progress thread may keep polling.
+    """
+
+    def __init__(self, *, spin_waiting: bool = False, spin_background: bool = False) -> None:
+        self.spin_waiting = spin_waiting
+        self.spin_background = spin_background
+        self.waiting_s = 0.0
+        self._active: list[Handle[object]] = []
+        self._driving = threading.Lock()
+        self._changed = threading.Condition()
+        self._waiters = 0
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    def start(self, task: Task[Result], description: str = "") -> Handle[Result]:
+        """Start a task: its first step runs here and now, the others as messages arrive."""
+        handle = Handle(self, task, description)
+        # In the caller's thread, so that the first messages leave at once.
+        handle.advance()
+        if not handle.done:
+            self._add(handle)
+        return handle
+
+    def _add(self, handle: Handle[Result]) -> None:
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("progress engine: cannot start an operation, it is closed")
+            self._active.append(handle)  # type: ignore[arg-type]
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=_serve, args=(weakref.ref(self), self._changed), name="mpitrain progress", daemon=True
+                )
+                self._thread.start()
+            self._changed.notify_all()
+
+    def wait(self, handle: Handle[Result], timeout_s: float | None = None) -> None:
+        """Advance everything in flight until `handle` is done."""
+        began_s = time.monotonic()
+        deadline_s = None if timeout_s is None else began_s + timeout_s
+        backoff = Backoff(spin=self.spin_waiting)
+        with self._changed:
+            self._waiters += 1
+        try:
+            while not handle.done:
+                if self._advance_all():
+                    backoff.reset()
+                    continue
+                if deadline_s is not None and time.monotonic() > deadline_s:
+                    raise CommTimeoutError(f"{handle.description}: not done after {timeout_s:g} s; still in flight")
+                backoff.pause()
+        finally:
+            self.waiting_s += time.monotonic() - began_s
+            with self._changed:
+                self._waiters -= 1
+                self._changed.notify_all()
+
+    def _advance_all(self) -> bool:
+        with self._driving:
+            moved = False
+            finished = False
+            for handle in tuple(self._active):
+                moved |= handle.advance()
+                finished |= handle.done
+            if finished:
+                with self._changed:
+                    self._active = [handle for handle in self._active if not handle.done]
+            return moved
+
+    def close(self) -> None:
+        """Stop the thread; operations still in flight stay unfinished."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            thread, self._thread = self._thread, None
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def _has_background_work(self) -> bool:
+        return bool(self._active) and not self._waiters
+
+
+def _serve(engine_ref: Callable[[], ProgressEngine | None], changed: threading.Condition) -> None:
+    """Body of the progress thread; holds the engine only while it works, so that it can be collected."""
+    backoff: Backoff | None = None
+    while (engine := engine_ref()) is not None and not engine._closed:
+        if engine._has_background_work():
+            backoff = backoff or Backoff(spin=engine.spin_background)
+            if engine._advance_all():
+                backoff.reset()
+            else:
+                backoff.pause()
+        else:
+            backoff = None
+            with changed:
+                if engine._has_background_work() or engine._closed:
+                    continue
+                del engine
+                # Woken by new work; the time limit is for engines that nobody refers to any more.
+                changed.wait(1.0)

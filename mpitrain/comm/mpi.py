@@ -1,0 +1,147 @@
+"""Transport over MPI."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from mpi4py import MPI
+
+from mpitrain.comm.base import Bytes, Transport
+from mpitrain.comm.mpi_errors import translate, translated_errors
+from mpitrain.comm.mpi_native import NativeCollectives
+from mpitrain.comm.mpi_request import Request
+from mpitrain.errors import CollectiveMismatchError, CommError, UnavailableError
+
+__all__ = ["MPITransport"]
+
+_NOTICE_TAG = 1
+
+
+class MPITransport(Transport):
+    """One rank's end of an MPI communicator; works on duplicates, never on the one given.
+
+    Args:
+        comm: Intracommunicator; every rank of it must call.
+
+    Raises:
+        UnavailableError: MPI was initialised without MPI_THREAD_MULTIPLE (raised on every rank).
+    """
+
+    def __init__(self, comm: MPI.Comm) -> None:
+        if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+            raise UnavailableError(
+                f"MPI: needs thread level multiple ({MPI.THREAD_MULTIPLE}), got {MPI.Query_thread()}; leave "
+                "mpi4py.rc.thread_level at its default and initialise MPI through mpi4py"
+            )
+        self._data = _duplicate(comm)
+        self._notices = _duplicate(comm)
+        self.rank = comm.Get_rank()
+        self.size = comm.Get_size()
+        self.max_tag = int(self._data.Get_attr(MPI.TAG_UB) or 32767)
+        self.native = NativeCollectives(self._data)
+        self._outgoing: list[MPI.Request] = []
+        self._outgoing_lock = threading.Lock()
+        # Requests of failed operations: MPI may still touch their buffers, so both are kept for good.
+        self._abandoned: list[Request] = []
+
+    def isend(self, buffer: Bytes, dest: int, tag: int) -> Request:
+        # No context manager here and below: it would cost as much as the call.
+        try:
+            return Request(self._data.Isend([buffer, MPI.BYTE], dest, tag), buffer)
+        except MPI.Exception as error:
+            raise translate(error.Get_error_class(), f"send to rank {dest}: {error.Get_error_string()}") from error
+
+    def irecv(self, buffer: Bytes, source: int, tag: int) -> Request:
+        try:
+            return Request(self._data.Irecv([buffer, MPI.BYTE], source, tag), buffer, buffer.nbytes)
+        except MPI.Exception as error:
+            text = f"receive from rank {source}: {error.Get_error_string()}"
+            raise translate(error.Get_error_class(), text) from error
+
+    def test_some(self, requests: list[Request]) -> Sequence[int]:
+        statuses = [MPI.Status() for _ in requests]
+        try:
+            done = MPI.Request.Testsome([request.mpi for request in requests], statuses)
+        except MPI.Exception as error:
+            raise self._failure(error, statuses) from error
+        for position, index in enumerate(done or ()):
+            expected = requests[index].nbytes
+            if expected >= 0 and (got := statuses[position].Get_count(MPI.BYTE)) != expected:
+                raise CollectiveMismatchError(
+                    f"message from rank {statuses[position].Get_source()}: got {got} bytes, expected {expected}; "
+                    "all ranks must bring the same count and dtype"
+                )
+        return done or ()
+
+    @staticmethod
+    def _failure(error: MPI.Exception, statuses: list[MPI.Status]) -> CommError | CollectiveMismatchError:
+        error_class = error.Get_error_class()
+        text = error.Get_error_string()
+        if error_class == MPI.ERR_IN_STATUS:
+            for status in statuses:
+                code = status.Get_error()
+                if code not in (MPI.SUCCESS, MPI.ERR_PENDING):
+                    error_class, text = MPI.Get_error_class(code), MPI.Get_error_string(code)
+                    break
+        return translate(error_class, f"message: {text}")
+
+    def abandon(self, requests: list[Request]) -> None:
+        for request in requests:
+            if request.nbytes >= 0:
+                with contextlib.suppress(MPI.Exception):
+                    request.mpi.Cancel()
+            self._abandoned.append(request)
+
+    def notify(self, dest: int, notice: bytes) -> None:
+        with self._outgoing_lock, translated_errors(f"notice to rank {dest}"):
+            self._outgoing = [request for request in self._outgoing if not request.Test()]
+            self._outgoing.append(self._notices.isend(notice, dest, _NOTICE_TAG))
+
+    def notices(self) -> list[tuple[int, bytes]]:
+        arrived: list[tuple[int, bytes]] = []
+        status = MPI.Status()
+        with translated_errors("notices"):
+            while message := self._notices.improbe(MPI.ANY_SOURCE, _NOTICE_TAG, status):
+                arrived.append((status.Get_source(), message.recv()))
+        return arrived
+
+    def gather_everywhere(self, value: Any) -> list[Any]:
+        with translated_errors("set-up exchange"):
+            return self._data.allgather(value)
+
+    def node_leader(self) -> int:
+        with translated_errors("node discovery"):
+            node = self._data.Split_type(MPI.COMM_TYPE_SHARED, key=self.rank)
+            leader = node.bcast(self.rank, root=0)
+            node.Free()
+        return int(leader)
+
+    def split(self, color: int | None, key: int) -> MPITransport | None:
+        with translated_errors("split"):
+            part = self._data.Split(MPI.UNDEFINED if color is None else color, key)
+            if part == MPI.COMM_NULL:
+                return None
+            transport = MPITransport(part)
+            part.Free()
+        return transport
+
+    def free(self) -> None:
+        if MPI.Is_finalized():
+            return
+        with translated_errors("free"):
+            MPI.Request.Waitall(self._outgoing)
+            self._outgoing = []
+            self.native.free()
+            self._notices.Free()
+            self._data.Free()
+
+
+def _duplicate(comm: MPI.Comm) -> MPI.Comm:
+    with translated_errors("duplicate"):
+        duplicate = comm.Dup()
+    duplicate.Set_errhandler(MPI.ERRORS_RETURN)
+    return duplicate
+

@@ -1,0 +1,111 @@
+"""Settings: read once from the environment, then passed along as one frozen object."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+
+__all__ = ["PREFIX", "Settings"]
+
+PREFIX = "MPITRAIN_"
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError("must be at least 1")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not value >= 0:
+        raise ValueError("must be 0 or more")
+    return value
+
+
+def _switch(text: str) -> bool:
+    words = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}
+    if text.lower() not in words:
+        raise ValueError("must be 1 or 0")
+    return words[text.lower()]
+
+
+def _waiting(text: str) -> str:
+    if text not in ("auto", "spin", "sleep"):
+        raise ValueError("must be auto, spin or sleep")
+    return text
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Settings:
+    """What can be set, for a whole job, by `MPITRAIN_<NAME>` in the environment.
+
+    All ranks must have the same values.
+
+    Attributes:
+        algorithm: Algorithm of all-reduces that name none; "auto" chooses by size.
+        segment_nbytes: A message larger than this travels in pieces of this size, so that one is
+            reduced while the next is in flight. Small enough to stay in the cache of a core.
+        receive_window: How many pieces that wait to be reduced may be in flight per operation;
+            the operation's scratch memory is `receive_window * segment_nbytes`.
+        bucket_nbytes: Gradients are fused into buckets of about this size.
+        first_bucket_nbytes: The bucket that fills first is smaller, so that communication starts early.
+        fusion_nbytes: Named operations that are ready together are fused up to this size.
+        timeout_s: A collective that makes no progress for so long raises `CommTimeoutError`; 0 is never.
+        stall_warning_s: After so long without progress a warning says who is waited for; 0 is never.
+        check: Compare what the ranks bring to each collective before it starts, so that a
+            mismatch is an error on every rank. Costs one small all-reduce.
+        wait: "spin" keeps polling, "sleep" gives the core away, "auto" spins only if the node has
+            a core for every thread that could wait.
+    """
+
+    algorithm: str = "auto"
+    segment_nbytes: int = 1 << 19
+    receive_window: int = 4
+    bucket_nbytes: int = 25 << 20
+    first_bucket_nbytes: int = 1 << 20
+    fusion_nbytes: int = 64 << 20
+    timeout_s: float = 0.0
+    stall_warning_s: float = 60.0
+    check: bool = True
+    wait: str = "auto"
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str] | None = None) -> Settings:
+        """Read `MPITRAIN_*` variables; defaults for those that are not set.
+
+        Raises:
+            ValueError: A variable has an unusable value; the message names it.
+        """
+        environ = os.environ if environ is None else environ
+        values: dict[str, object] = {}
+        for name, parse in _PARSERS.items():
+            variable = PREFIX + name.upper()
+            text = environ.get(variable)
+            if text is None:
+                continue
+            try:
+                values[name] = parse(text)
+            except ValueError as error:
+                raise ValueError(f"{variable}: {error}, got {text!r}; correct or unset the variable") from None
+        return cls(**values)  # type: ignore[arg-type]
+
+    def replace(self, **changes: object) -> Settings:
+        """Return a copy with some values changed."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+
+_PARSERS: dict[str, Callable[[str], object]] = {
+    "algorithm": str,
+    "segment_nbytes": _positive,
+    "receive_window": _positive,
+    "bucket_nbytes": _positive,
+    "first_bucket_nbytes": _positive,
+    "fusion_nbytes": _positive,
+    "timeout_s": _seconds,
+    "stall_warning_s": _seconds,
+    "check": _switch,
+    "wait": _waiting,
+}

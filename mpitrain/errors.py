@@ -1,0 +1,73 @@
+"""The error tree of mpitrain.
+
+Misuse of a function raises `ValueError` or `TypeError`. What can go wrong in an
+operation that was called correctly derives from `MpitrainError`:
+
+    MpitrainError (RuntimeError)
+    |-- CollectiveError             a collective did not complete
+    |   |-- CollectiveMismatchError ranks brought different things to one collective
+    |   `-- CommError               ranks could not exchange messages
+    |       |-- CommTimeoutError    a peer did not answer in time
+    |       |-- RankFailedError     a rank left the job or died
+    |       `-- CommRevokedError    another rank gave this communicator up
+    |-- CheckpointError             a checkpoint cannot be read or does not fit
+    |-- NotInitializedError         a call before init() (also a ValueError)
+    `-- UnavailableError            something this machine or installation lacks
+
+`mpitrain.torch.HorovodInternalError` is `CollectiveError` under Horovod's name.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CheckpointError",
+    "CollectiveError",
+    "CollectiveMismatchError",
+    "CommError",
+    "CommRevokedError",
+    "CommTimeoutError",
+    "MpitrainError",
+    "NotInitializedError",
+    "RankFailedError",
+    "UnavailableError",
+]
+
+
+class MpitrainError(RuntimeError):
+    """Base of every operational error of mpitrain."""
+
+
+class CollectiveError(MpitrainError):
+    """A collective did not complete; its output buffers are undefined."""
+
+
+class CollectiveMismatchError(CollectiveError):
+    """Ranks brought different operations, dtypes, shapes or roots to one collective."""
+
+
+class CommError(CollectiveError):
+    """Messages could not be exchanged; the communicator cannot be used any more."""
+
+
+class CommTimeoutError(CommError):
+    """A peer did not answer within the time limit of the settings."""
+
+
+class RankFailedError(CommError):
+    """A rank left the job, or died, while others still needed it."""
+
+
+class CommRevokedError(CommError):
+    """Another rank met an error on this communicator and told all others to give up."""
+
+
+class CheckpointError(MpitrainError):
+    """A checkpoint cannot be read, or does not fit the model that asks for it."""
+
+
+class NotInitializedError(MpitrainError, ValueError):
+    """A function that needs `init()` was called before it."""
+
+
+class UnavailableError(MpitrainError):
+    """This machine or installation lacks what the call needs."""

@@ -1,0 +1,28 @@
+"""Arrays of every library as flat views, element types, reductions and scratch memory."""
+
+from __future__ import annotations
+
+from mpitrain.memory.arrays import FlatArray, allocate_like, copy_of, flat_view
+from mpitrain.memory.dtypes import DTYPES, DType, as_dtype, dtype_named, dtype_of_numpy, dtype_of_torch
+from mpitrain.memory.reduction import ReduceOp, check_op, divide_by, parse_op, reduce_into, scale
+from mpitrain.memory.scratch import ScratchPool
+
+__all__ = [
+    "DTYPES",
+    "DType",
+    "FlatArray",
+    "ReduceOp",
+    "ScratchPool",
+    "allocate_like",
+    "as_dtype",
+    "check_op",
+    "copy_of",
+    "divide_by",
+    "dtype_named",
+    "dtype_of_numpy",
+    "dtype_of_torch",
+    "flat_view",
+    "parse_op",
+    "reduce_into",
+    "scale",
+]

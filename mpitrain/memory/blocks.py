@@ -1,0 +1,29 @@
+"""In-place arithmetic whose temporaries stay small and in the cache, and which never warns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["BLOCK_COUNT", "apply_in_place", "blocks", "quiet"]
+
+# Elements in a block; the temporaries of a block take at most 256 KiB together.
+BLOCK_COUNT = 1 << 15
+
+# Overflow to infinity and NaN are results like any other (mixed-precision training relies on them).
+quiet = np.errstate(all="ignore")
+
+
+@quiet
+def apply_in_place(ufunc: np.ufunc, data: NDArray[Any], operand: NDArray[Any] | float) -> None:
+    """Set `data` to `ufunc(data, operand)`; needs no temporary where the dtypes agree."""
+    ufunc(data, operand, out=data)
+
+
+def blocks(count: int) -> Iterator[slice]:
+    """Cut `count` elements into blocks of at most `BLOCK_COUNT`."""
+    for start in range(0, count, BLOCK_COUNT):
+        yield slice(start, min(start + BLOCK_COUNT, count))
