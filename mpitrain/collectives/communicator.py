@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from mpitrain.collectives import operations
 from mpitrain.collectives.agreement import agree
 from mpitrain.collectives.context import Context
+from mpitrain.collectives.departure import watch_exit
 from mpitrain.collectives.executor import Task
 from mpitrain.collectives.peers import PeerWatch
 from mpitrain.collectives.plan import Call, Plan
@@ -74,17 +75,20 @@ class Communicator(Collectives):
         """Make a communicator of the ranks of an MPI communicator.
 
         Args:
-            comm: Any intracommunicator; the world if not given. It is duplicated, not used.
+            comm: Any intracommunicator, or ranks of the world of which each must call; the world if not given.
+                It is duplicated, not used.
             settings: Same on every rank; read from the environment if not given.
+
+        From now on, when this process ends, by an exception or not, the other ranks get an error where they wait for it.
 
         Raises:
             UnavailableError: MPI lacks a thread level that the progress thread needs.
         """
-        from mpi4py import MPI
-
         from mpitrain.comm.mpi import MPITransport
 
-        return cls(MPITransport(MPI.COMM_WORLD if comm is None else comm), settings=settings)
+        made = cls(MPITransport(comm), settings=settings)
+        watch_exit(made)
+        return made
 
     # Who and where
 
@@ -234,13 +238,20 @@ class Communicator(Collectives):
         Every rank must call; where color is None, the result is None.
         """
         transport = self.transport.split(color, self.rank if key is None else key)
-        if transport is None:
-            return None
-        return Communicator(transport, settings=self.settings, engine=self.engine)
+        return None if transport is None else self._related(transport, self.settings)
 
-    def duplicate(self) -> Communicator:
-        """Make a communicator of the same ranks whose operations are independent of this one's."""
-        return Communicator(self.transport.duplicate(), settings=self.settings, engine=self.engine)
+    def duplicate(self, settings: Settings | None = None) -> Communicator:
+        """Make a communicator of the same ranks whose operations are independent of this one's.
+
+        Every rank must call, with the same settings; those of this communicator if not given.
+        """
+        return self._related(self.transport.duplicate(), settings or self.settings)
+
+    def _related(self, transport: Transport, settings: Settings) -> Communicator:
+        made = Communicator(transport, settings=settings, engine=self.engine)
+        if transport.native is not None:
+            watch_exit(made)
+        return made
 
     def revoke(self, reason: str) -> None:
         """Give the communicator up: operations of all ranks on it raise `CommRevokedError`."""
@@ -250,8 +261,16 @@ class Communicator(Collectives):
         """Tell the other ranks that this one calls no further operation, so that none waits for it in vain."""
         if self._in_flight:
             self._watch.revoke(reason)
-        else:
-            self._watch.leave(self._calls, reason)
+        self._watch.leave(self._calls, reason)
+
+    def await_departures(self, limit_s: float) -> bool:
+        """Whether all other ranks have left, or leave within so many seconds."""
+        return self._watch.await_departures(limit_s)
+
+    @property
+    def is_freed(self) -> bool:
+        """Whether `free` was called."""
+        return self._freed
 
     def free(self) -> None:
         """Release the communicator. Every rank must call, when no operation is in flight."""

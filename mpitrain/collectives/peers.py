@@ -58,6 +58,26 @@ class PeerWatch:
                 except CommError:
                     _log.debug("rank %d cannot be told %r", peer, news)
 
+    def await_departures(self, limit_s: float) -> bool:
+        """Whether all other ranks have left, or leave within so many seconds."""
+        deadline_s = time.monotonic() + limit_s
+        while True:
+            self._take_news()
+            if len(self._left) >= self._transport.size - 1:
+                return True
+            if time.monotonic() > deadline_s:
+                return False
+            time.sleep(_INTERVAL_S)
+
+    def _take_news(self) -> None:
+        for source, news in self._transport.notices():
+            with self._lock:
+                if news.startswith(_REVOKED):
+                    self._revoked = self._revoked or f"rank {source}: {news[len(_REVOKED) :].decode()}"
+                elif news.startswith(_LEFT):
+                    num_calls, _, reason = news[len(_LEFT) :].decode().partition(" ")
+                    self._left[source] = (int(num_calls), reason)
+
     def check(self) -> None:
         """Refuse to go on with a communicator that was given up.
 
@@ -108,13 +128,7 @@ class PeerWatch:
             raise
 
     def _look(self, idle_s: float, description: str, call_index: int) -> None:
-        for source, news in self._transport.notices():
-            with self._lock:
-                if news.startswith(_REVOKED):
-                    self._revoked = self._revoked or f"rank {source}: {news[len(_REVOKED) :].decode()}"
-                elif news.startswith(_LEFT):
-                    num_calls, _, reason = news[len(_LEFT) :].decode().partition(" ")
-                    self._left[source] = (int(num_calls), reason)
+        self._take_news()
         self.check()
         who = f"rank {self._transport.rank}/{self._transport.size}, {description}"
         # Whoever left after this operation has done its part of it, even if that is still under way.

@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from mpitrain.collectives.executor import Task
 from mpitrain.comm import Backoff
@@ -39,17 +39,17 @@ def drive(task: Task[Result], *, spin: bool) -> Result:
 class Handle(Generic[Result]):
     """An operation in flight."""
 
-    def __init__(self, engine: ProgressEngine, task: Task[Result], description: str) -> None:
+    def __init__(self, engine: ProgressEngine, description: str) -> None:
         self.description = description
         self._engine = engine
-        self._task: Task[Result] | None = task
+        self._done = False
         self._result: Result | None = None
         self._error: BaseException | None = None
 
     @property
     def done(self) -> bool:
         """Whether the operation has ended, well or with an error; never blocks."""
-        return self._task is None
+        return self._done
 
     def wait(self, timeout_s: float | None = None) -> Result:
         """Wait for the end and return the operation's result.
@@ -61,25 +61,41 @@ class Handle(Generic[Result]):
             CommTimeoutError: `timeout_s` has passed; the operation is still in flight.
             MpitrainError: What the operation failed with; again at every further call.
         """
-        if self._task is not None:
+        if not self._done:
             self._engine.wait(self, timeout_s)
         if self._error is not None:
             raise self._error
         return self._result  # type: ignore[return-value]
 
+    def resolve(self, result: Result) -> None:
+        """Say that the operation has ended well; for whoever runs it."""
+        self._result = result
+        self._done = True
+
+    def reject(self, error: BaseException) -> None:
+        """Say that the operation has failed; for whoever runs it."""
+        self._error = error
+        self._done = True
+
+
+class _Running:
+    """A task and the handle that speaks for it."""
+
+    __slots__ = ("handle", "task")
+
+    def __init__(self, handle: Handle[Any], task: Task[Any]) -> None:
+        self.handle = handle
+        self.task = task
+
     def advance(self) -> bool:
-        """Move the operation on if it can move; only the engine calls this."""
-        assert self._task is not None
         try:
-            return next(self._task)
+            return next(self.task)
         except StopIteration as stop:
-            self._result = stop.value
+            self.handle.resolve(stop.value)
         except BaseException as error:
-            self._error = error
+            self.handle.reject(error)
             if not isinstance(error, Exception):  # an interrupt is for whoever drives, not only for this operation
-                self._task = None
                 raise
-        self._task = None
         return True
 
 
@@ -95,7 +111,7 @@ class ProgressEngine:
         self.spin_waiting = spin_waiting
         self.spin_background = spin_background
         self.waiting_s = 0.0
-        self._active: list[Handle[object]] = []
+        self._active: list[_Running] = []
         self._driving = threading.Lock()
         self._changed = threading.Condition()
         self._waiters = 0
@@ -104,18 +120,23 @@ class ProgressEngine:
 
     def start(self, task: Task[Result], description: str = "") -> Handle[Result]:
         """Start a task: its first step runs here and now, the others as messages arrive."""
-        handle = Handle(self, task, description)
+        handle: Handle[Result] = Handle(self, description)
+        running = _Running(handle, task)
         # In the caller's thread, so that the first messages leave at once.
-        handle.advance()
+        running.advance()
         if not handle.done:
-            self._add(handle)
+            self._add(running)
         return handle
 
-    def _add(self, handle: Handle[Result]) -> None:
+    def promise(self, description: str = "") -> Handle[Any]:
+        """Return the handle of an operation that some other task will resolve."""
+        return Handle(self, description)
+
+    def _add(self, running: _Running) -> None:
         with self._changed:
             if self._closed:
                 raise RuntimeError("progress engine: cannot start an operation, it is closed")
-            self._active.append(handle)  # type: ignore[arg-type]
+            self._active.append(running)
             if self._thread is None:
                 self._thread = threading.Thread(
                     target=_serve, args=(weakref.ref(self), self._changed), name="mpitrain progress", daemon=True
@@ -148,12 +169,13 @@ class ProgressEngine:
         with self._driving:
             moved = False
             finished = False
-            for handle in tuple(self._active):
-                moved |= handle.advance()
-                finished |= handle.done
+            for running in tuple(self._active):
+                # Done already: an interrupt ended it, and the round in which it would have been dropped.
+                moved |= running.handle.done or running.advance()
+                finished |= running.handle.done
             if finished:
                 with self._changed:
-                    self._active = [handle for handle in self._active if not handle.done]
+                    self._active = [running for running in self._active if not running.handle.done]
             return moved
 
     def close(self) -> None:

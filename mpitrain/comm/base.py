@@ -88,6 +88,10 @@ class Transport(abc.ABC):
     def free(self) -> None:
         """Release what the transport holds. Every rank must call, with no operation in flight."""
 
+    @abc.abstractmethod
+    def abort(self) -> None:
+        """End the whole job at once, with a failure."""
+
     def duplicate(self) -> Transport:
         """Make a transport of the same ranks whose messages never meet those of this one."""
         transport = self.split(0, self.rank)

@@ -24,22 +24,27 @@ class MPITransport(Transport):
     """One rank's end of an MPI communicator; works on duplicates, never on the one given.
 
     Args:
-        comm: Intracommunicator; every rank of it must call.
+        comm: Intracommunicator, or ranks of the world; every rank of it must call. None is the world.
 
     Raises:
+        ValueError: The list of ranks is not usable, or lacks this rank.
         UnavailableError: MPI was initialised without MPI_THREAD_MULTIPLE (raised on every rank).
     """
 
-    def __init__(self, comm: MPI.Comm) -> None:
+    def __init__(self, comm: MPI.Comm | Sequence[int] | None = None) -> None:
         if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
             raise UnavailableError(
                 f"MPI: needs thread level multiple ({MPI.THREAD_MULTIPLE}), got {MPI.Query_thread()}; leave "
                 "mpi4py.rc.thread_level at its default and initialise MPI through mpi4py"
             )
+        if comm is None:
+            comm = MPI.COMM_WORLD
+        elif not isinstance(comm, MPI.Comm):
+            comm = _of_ranks(comm)
         self._data = _duplicate(comm)
         self._notices = _duplicate(comm)
-        self.rank = comm.Get_rank()
-        self.size = comm.Get_size()
+        self.rank = self._data.Get_rank()
+        self.size = self._data.Get_size()
         self.max_tag = int(self._data.Get_attr(MPI.TAG_UB) or 32767)
         self.native = NativeCollectives(self._data)
         self._outgoing: list[MPI.Request] = []
@@ -128,6 +133,9 @@ class MPITransport(Transport):
             part.Free()
         return transport
 
+    def abort(self) -> None:
+        MPI.COMM_WORLD.Abort(1)
+
     def free(self) -> None:
         if MPI.Is_finalized():
             return
@@ -145,3 +153,14 @@ def _duplicate(comm: MPI.Comm) -> MPI.Comm:
     duplicate.Set_errhandler(MPI.ERRORS_RETURN)
     return duplicate
 
+
+def _of_ranks(ranks: Sequence[int]) -> MPI.Comm:
+    world = MPI.COMM_WORLD
+    rank, size = world.Get_rank(), world.Get_size()
+    if rank not in ranks or len(set(ranks)) != len(ranks) or not set(ranks) <= set(range(size)):
+        raise ValueError(
+            f"ranks: must be different ranks of 0 to {size - 1}, this one ({rank}) among them, got {list(ranks)}; "
+            "call on the listed ranks only"
+        )
+    with translated_errors("communicator of ranks"):
+        return world.Create_group(world.Get_group().Incl(list(ranks)))

@@ -153,6 +153,10 @@ class ThreadTransport(Transport):
         members = tuple(self.members[rank] for rank in ranks)
         return ThreadTransport(self.world, members, ranks.index(self.rank), (self._context, call, color))
 
+    def abort(self) -> None:
+        """End the waiting of all ranks."""
+        self.world.close()
+
     def free(self) -> None:
         """Nothing to release: the world's memory goes with the world."""
 

@@ -67,7 +67,7 @@ def flat_view(array: object, *, name: str = "array", writable: bool = False) -> 
 
     Args:
         array: `numpy.ndarray`, NumPy scalar (read only), torch tensor (also one that requires grad: the
-            view is outside autograd), CuPy array, or an object with `__array_interface__` or
+            view is outside autograd), CuPy array, `FlatArray` (returned as it is), or an object with `__array_interface__` or
             `__cuda_array_interface__`. Row-major contiguous; any shape, including `()` and empty.
         name: What messages call it.
         writable: Whether the view will be written to.
@@ -79,6 +79,8 @@ def flat_view(array: object, *, name: str = "array", writable: bool = False) -> 
     """
     if type(array) is np.ndarray:
         return _view_numpy(array, array, name, writable)
+    if isinstance(array, FlatArray):
+        return array
     torch = loaded_torch()
     if torch is not None and isinstance(array, torch.Tensor):
         return _view_torch(array, torch, name, writable)
@@ -123,8 +125,8 @@ def copy_of(array: object) -> CallersArray:
     array = array.owner if isinstance(array, FlatArray) else array
     torch = loaded_torch()
     if torch is not None and isinstance(array, torch.Tensor):
-        plain = _plain(array, "array").resolve_conj().resolve_neg()
-        return plain.clone(memory_format=torch.contiguous_format)
+        # A clone holds its values also where the original is a lazy conjugate or negative.
+        return _plain(array, "array").clone(memory_format=torch.contiguous_format)
     if device_arrays.is_device_array(array):
         on_device = device_arrays.as_cupy(array)
         dtype_of_numpy(on_device.dtype, subject="array")

@@ -23,7 +23,7 @@ def apply_in_place(ufunc: np.ufunc, data: NDArray[Any], operand: NDArray[Any] | 
     ufunc(data, operand, out=data)
 
 
-def blocks(count: int) -> Iterator[slice]:
-    """Cut `count` elements into blocks of at most `BLOCK_COUNT`."""
-    for start in range(0, count, BLOCK_COUNT):
-        yield slice(start, min(start + BLOCK_COUNT, count))
+def blocks(count: int, block_count: int = BLOCK_COUNT) -> Iterator[slice]:
+    """Cut `count` elements into blocks of at most `block_count`."""
+    for start in range(0, count, block_count):
+        yield slice(start, min(start + block_count, count))

@@ -204,8 +204,10 @@ def _scale_integers(data: Storage, factor: float) -> None:
 
 @quiet
 def _scale_integerblocks(data: Storage, factor: float, smallest: float, largest: float) -> None:
-    scratch = np.empty(min(data.size, BLOCK_COUNT), np.float64)
-    for block in blocks(data.size):
+    # NumPy converts in a buffer of its own, and float64 takes twice the room.
+    block_count = BLOCK_COUNT // 2
+    scratch = np.empty(min(data.size, block_count), np.float64)
+    for block in blocks(data.size, block_count):
         part = data[block]
         values = scratch[: part.size]
         np.multiply(part, factor, out=values, dtype=np.float64)

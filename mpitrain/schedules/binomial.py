@@ -1,6 +1,6 @@
 """Rounds on a binomial tree whose root is vrank 0.
 
-Terms: the vrank of a node other than the root has an lowest set bit 2**k; its parent is the vrank
+Terms: the vrank of a node other than the root has a lowest set bit 2**k; its parent is the vrank
 without that bit, and its *subtree* the 2**k vranks from its own on (fewer at the end).
 So a subtree is contiguous, and the nodes with the same k exchange with their parents in the same round.
 """

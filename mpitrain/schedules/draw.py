@@ -67,7 +67,7 @@ def _title(algorithm: Algorithm, size: int, root: int, num_segments: int) -> str
         parts.append(f"root {root}")
     if algorithm.takes_segments:
         parts.append(_counted(num_segments, "segment"))
-    cost = f"{_counted(num_rounds, 'round')}, a rank sends at most {_amount(volume)}"
+    cost = f"{_counted(num_rounds, 'round')}, {_sent_at_most(volume)}"
     return f"{algorithm.qualified_name}, {', '.join(parts)}: {cost}"
 
 
@@ -75,10 +75,10 @@ def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def _amount(volume: Fraction) -> str:
+def _sent_at_most(volume: Fraction) -> str:
     if volume == 0:
-        return "no data"
-    return "n" if volume == 1 else f"{volume} n"
+        return "no data is sent"
+    return f"a rank sends at most {'n' if volume == 1 else f'{volume} n'}"
 
 
 def _cell(current: Round) -> str:

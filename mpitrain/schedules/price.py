@@ -90,15 +90,18 @@ def _ranks_per_node(size: int, network: Network) -> int:
 
 
 def _ranks_to_walk(algorithm: Algorithm, size: int, ranks_per_node: int) -> range:
-    """Return ranks among which are the busiest port and one rank of each kind of node."""
+    """Return ranks among which are the busiest port and all ranks of the busiest node."""
     if not algorithm.is_symmetric:
         return range(size)
     if ranks_per_node == size:
         # All ranks do the same and no message leaves the node.
         return range(1)
-    # A rotation by a whole node takes nodes to nodes if all are full; so the first one is
-    # like all others.
-    return range(ranks_per_node) if size % ranks_per_node == 0 else range(size)
+    # When all ranks send d ranks further, a node of m ranks keeps m - d and m - (p - d) of
+    # its messages, where these are positive. So all full nodes are alike, and a last one that
+    # is not full is no busier: the messages that leave a node do not become fewer with m up
+    # to max(d, p - d) >= p/2; and beside a node of more than p/2 ranks there is only one
+    # other, which gets as many messages as it sends.
+    return range(ranks_per_node)
 
 
 class _Load(NamedTuple):

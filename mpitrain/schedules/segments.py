@@ -11,6 +11,9 @@ from mpitrain.schedules.price import Price, price
 
 __all__ = ["best_num_segments"]
 
+# The double tree stays below this up to 2**16 ranks.
+_MAX_TRIED = 32
+
 
 def best_num_segments(
     algorithm: Algorithm,
@@ -34,18 +37,23 @@ def best_num_segments(
     # A segment is on its way for as many rounds as a single one takes. With at least that
     # many segments the pipeline fills up, and one more segment is one more full round.
     full = algorithm.rounds(size, 1)
+    filling = _lowest(lambda count: priced(count).total_s, min(full, max_segments))
     if full >= max_segments:
-        return _lowest(lambda count: priced(count).total_s, 1, max_segments)
-    filling = _lowest(lambda count: priced(count).total_s, 1, full)
+        return filling
     streaming, streaming_s = _best_when_full(priced(full), priced(full + 1), full, max_segments)
     return filling if priced(filling).total_s <= streaming_s else streaming
 
 
-def _lowest(function: Callable[[int], float], low: int, high: int) -> int:
-    """Return where `function`, which falls and then rises, is lowest from `low` to `high`."""
+def _lowest(total_s: Callable[[int], float], high: int) -> int:
+    """Return where `total_s` is lowest from 1 to `high`."""
+    if high <= _MAX_TRIED:
+        return min(range(1, high + 1), key=total_s)
+    # Too many to try them all: take it that the prices fall and then rise, as they do on a
+    # chain without nodes.
+    low = 1
     while low < high:
         middle = (low + high) // 2
-        if function(middle) <= function(middle + 1):
+        if total_s(middle) <= total_s(middle + 1):
             high = middle
         else:
             low = middle + 1

@@ -18,7 +18,7 @@ __all__ = ["Lanes", "render"]
 # In pixels. A character of the label font is 0.6 em wide.
 _LABEL_HEIGHT = 14
 _CHARACTER = 7
-_LEFT = 110
+_LEFT = 124
 _TOP = 96
 _ARROWS = 84  # width of the part of a column that has the arrows
 _GAP = 8
@@ -71,13 +71,14 @@ def render(lanes: Lanes) -> str:
         f'orient="auto"><path d="M0,0 L8,4 L0,8 z" fill="{colour}"/></marker>'
         for kind, colour in _COLOURS.items()
     ]
+    extent = f'width="{layout.width}" height="{layout.height}"'
+    view = f'viewBox="0 0 {layout.width} {layout.height}" font-family="monospace" font-size="11"'
     return "\n".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{layout.width}" height="{layout.height}" '
-            f'viewBox="0 0 {layout.width} {layout.height}" font-family="monospace" font-size="11">',
+            f'<svg xmlns="http://www.w3.org/2000/svg" {extent} {view}>',
             f"<title>{escape(lanes.title)}</title>",
             f"<defs>{''.join(markers)}</defs>",
-            f'<rect width="{layout.width}" height="{layout.height}" fill="#ffffff"/>',
+            f'<rect {extent} fill="#ffffff"/>',
             *body,
             "</svg>\n",
         ]
@@ -119,9 +120,8 @@ def _grid(lanes: Lanes, layout: _Layout) -> Iterator[str]:
     for column in range(len(lanes.rounds)):
         x = layout.column_x(column)
         if column % 2 == 0:
-            yield (
-                f'<rect x="{x}" y="{_TOP}" width="{layout.column_width}" height="{bottom - _TOP}" fill="#f3f4f6"/>'
-            )
+            extent = f'width="{layout.column_width}" height="{bottom - _TOP}"'
+            yield f'<rect x="{x}" y="{_TOP}" {extent} fill="#f3f4f6"/>'
         middle = x + layout.column_width // 2
         yield f'<text x="{middle}" y="{_TOP - 10}" text-anchor="middle">round {column}</text>'
     end = layout.column_x(len(lanes.rounds))

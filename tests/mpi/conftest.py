@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import pytest_timeout
 
 # A rank that waits for its peers leaves the time limit of the test to them after the first of these, so that it
 # is the stack of a rank that hangs which is printed; after the second it gives up if its own test has failed.
@@ -62,15 +61,13 @@ class Ranks:
             if waited_s > GRACE_S and not is_late:
                 is_late = True
                 if item is not None:
-                    pytest_timeout.timeout_teardown(item)
+                    item.ihook.pytest_timeout_cancel_timer(item=item)
                 if failure:
                     self._say(f"{phase} failed here, and has not ended on other ranks\n{failure}")
             if failure and waited_s > PATIENCE_S:
                 self._end_job(f"{phase} failed here, and other ranks do not come out of it")
             time.sleep(pause_s)
             pause_s = min(pause_s + 1e-5, 1e-3)
-        if is_late and item is not None:
-            pytest_timeout.timeout_setup(item)
 
     def _say(self, message: str) -> None:
         capture: Any = self.config.pluginmanager.getplugin("capturemanager")
@@ -84,6 +81,7 @@ class Ranks:
 
 
 RANKS = pytest.StashKey[Ranks]()
+LIMIT = pytest.StashKey[Any]()
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -113,6 +111,11 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     item.add_marker(pytest.mark.mpi)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> None:
+    item.stash[LIMIT] = settings
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> Generator[None, Any, Any]:
     return (yield from _together(item, "setup"))
@@ -131,6 +134,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, Any, Any]:
 def _together(item: pytest.Item, phase: str) -> Generator[None, Any, Any]:
     ranks = item.config.stash[RANKS]
     where = f"{phase} of {item.nodeid}"
+    _restart_limit(item)
     result: Any = None
     error: BaseException | None = None
     outcome, failure = "passed", ""
@@ -153,6 +157,14 @@ def _together(item: pytest.Item, phase: str) -> Generator[None, Any, Any]:
     if error is not None:
         raise error
     return result
+
+
+def _restart_limit(item: pytest.Item) -> None:
+    # A timer may have been stopped while the rank waited, and pytest-timeout stops it when a test fails; the
+    # teardown that follows can hang all the same.
+    if LIMIT in item.stash:
+        item.ihook.pytest_timeout_cancel_timer(item=item)
+        item.ihook.pytest_timeout_set_timer(item=item, settings=item.stash[LIMIT])
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

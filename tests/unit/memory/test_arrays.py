@@ -20,7 +20,9 @@ SHAPES = [(), (1,), (7,), (0,), (3, 0, 2), (2, 3, 4), (1, 5, 1)]
 def patterned(name, shape):
     """Values that differ from element to element, in any NumPy dtype."""
     count = int(np.prod(shape, dtype=int))
-    return (np.arange(count) % 2 == 1 if name == "bool" else np.arange(1, count + 1)).astype(name).reshape(shape)
+    return (
+        (np.arange(count) % 2 == 1 if name == "bool" else np.arange(1, count + 1)).astype(name).reshape(shape)
+    )
 
 
 def tensor_of(name, shape):
@@ -28,14 +30,14 @@ def tensor_of(name, shape):
     return (values % 2 == 1 if name == "bool" else values).to(getattr(torch, name)).reshape(shape)
 
 
-def test_import_loads_neither_torch_nor_cupy_nor_mpi():
+def test_import_loads_neither_torch_nor_cupy_nor_starts_mpi():
     program = (
         "import sys, mpitrain.memory as m, numpy as np; m.flat_view(np.ones(3)); m.copy_of(np.ones(3));"
         "x = np.ones(3, np.uint16); m.reduce_into(x, x, m.ReduceOp.SUM, m.DTYPES['bfloat16']);"
-        "sys.exit(' '.join({'torch', 'cupy', 'mpi4py'} & set(sys.modules)))"
+        "print(*({'torch', 'cupy', 'mpi4py.MPI'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\n", "")
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -125,7 +127,9 @@ def test_view_keeps_the_array_alive():
     ids=str,
 )
 def test_view_refuses_non_contiguous(array, strides):
-    with pytest.raises(ValueError, match=r"^grad: must be contiguous, got strides .*; pass a contiguous copy$") as info:
+    with pytest.raises(
+        ValueError, match=r"^grad: must be contiguous, got strides .*; pass a contiguous copy$"
+    ) as info:
         flat_view(array, name="grad")
     assert f"strides {strides};" in str(info.value)
 
@@ -144,14 +148,16 @@ def test_read_only_is_refused_only_where_it_is_written():
     array.flags.writeable = False
     assert flat_view(array).data.tolist() == [0, 1, 2]
     assert not flat_view(array).data.flags.writeable
-    with pytest.raises(ValueError, match="^out: must be writable, got a read-only array; pass a writable copy$"):
+    with pytest.raises(
+        ValueError, match=r"^out: must be writable, got a read-only array; pass a writable copy$"
+    ):
         flat_view(array, name="out", writable=True)
 
 
 def test_numpy_scalar_can_be_read_but_not_written():
     flat = flat_view(np.float32(3))
     assert (flat.shape, flat.dtype.name, flat.data.tolist()) == ((), "float32", [3.0])
-    with pytest.raises(ValueError, match="must be writable"):
+    with pytest.raises(ValueError, match=r"must be writable"):
         flat_view(np.float32(3), writable=True)
 
 
@@ -179,14 +185,18 @@ def test_ndarray_subclasses(tmp_path):
     assert type(copy_of(mapped)) is np.ndarray
     masked = np.ma.masked_array([1.0, 2.0], mask=[True, False])
     for function in (flat_view, copy_of):
-        with pytest.raises(TypeError, match=r"^array: has a mask that .*, got numpy\.ma\..*; pass array\.filled\(\)$"):
+        with pytest.raises(
+            TypeError, match=r"^array: has a mask that .*, got numpy\.ma\..*; pass array\.filled\(\)$"
+        ):
             function(masked)
 
 
 @pytest.mark.parametrize("value", [[1.0, 2.0], 3.0, "abc", b"abc", bytearray(3), None, range(3)], ids=repr)
 @pytest.mark.parametrize("function", [flat_view, copy_of, lambda array: allocate_like(array, 1)])
 def test_what_is_no_array_is_refused(function, value):
-    with pytest.raises(TypeError, match=r"^array: must be an array in memory, got builtins\..*; pass a numpy.ndarray"):
+    with pytest.raises(
+        TypeError, match=r"^array: must be an array in memory, got builtins\..*; pass a numpy.ndarray"
+    ):
         function(value)
 
 
@@ -197,14 +207,16 @@ def test_what_is_no_array_is_refused(function, value):
 )
 def test_unsupported_dtype_is_refused(array):
     for function in (flat_view, copy_of, lambda array: allocate_like(array, 1)):
-        with pytest.raises(TypeError, match="^array: unsupported dtype, got .*; use one of bool"):
+        with pytest.raises(TypeError, match=r"^array: unsupported dtype, got .*; use one of bool"):
             function(array)
 
 
 def test_unsupported_tensor_dtype_is_refused():
     tensor = torch.ones(2).to(torch.float8_e4m3fn)
     for function in (flat_view, copy_of, lambda array: allocate_like(array, 1)):
-        with pytest.raises(TypeError, match="^array: unsupported dtype, got torch.float8_e4m3fn; use one of bool"):
+        with pytest.raises(
+            TypeError, match=r"^array: unsupported dtype, got torch.float8_e4m3fn; use one of bool"
+        ):
             function(tensor)
 
 
@@ -216,11 +228,27 @@ def fake_tensor():
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: torch.eye(3).to_sparse(), TypeError, r"must be dense, got layout torch.sparse_coo; pass tensor.to_d"),
+        (
+            lambda: torch.eye(3).to_sparse(),
+            TypeError,
+            r"must be dense, got layout torch.sparse_coo; pass tensor.to_d",
+        ),
         (lambda: torch.eye(3).bfloat16().to_sparse(), TypeError, "must be dense"),
-        (lambda: torch.ones(3, device="meta"), TypeError, r"unsupported device, got meta; pass tensor.cpu\(\)"),
-        (lambda: torch.ones(3, dtype=torch.complex64).conj(), ValueError, r"conjugate view; pass tensor.resolve_conj"),
-        (lambda: torch.ones(3, dtype=torch.complex64).conj().imag, ValueError, r"negative view; pass tensor.resolve_n"),
+        (
+            lambda: torch.ones(3, device="meta"),
+            TypeError,
+            r"unsupported device, got meta; pass tensor.cpu\(\)",
+        ),
+        (
+            lambda: torch.ones(3, dtype=torch.complex64).conj(),
+            ValueError,
+            r"conjugate view; pass tensor.resolve_conj",
+        ),
+        (
+            lambda: torch.ones(3, dtype=torch.complex64).conj().imag,
+            ValueError,
+            r"negative view; pass tensor.resolve_n",
+        ),
         (fake_tensor, TypeError, r"memory is out of reach, got torch\._subclasses.*FakeTensor"),
     ],
 )
@@ -230,18 +258,17 @@ def test_tensor_without_values_in_memory_is_refused(make, error, message):
 
 
 def test_copy_and_allocation_refuse_sparse_tensors():
-    with pytest.raises(TypeError, match="^array: must be dense"):
+    with pytest.raises(TypeError, match=r"^array: must be dense"):
         copy_of(torch.eye(3).to_sparse())
-    with pytest.raises(TypeError, match="^array: must be dense"):
+    with pytest.raises(TypeError, match=r"^array: must be dense"):
         allocate_like(torch.eye(3).to_sparse(), 3)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (5,), (2, 3)])
-@pytest.mark.parametrize("name", DTYPES)
-@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize(
+    ("library", "name"), [*(("numpy", name) for name in HOST_DTYPES), *(("torch", name) for name in DTYPES)]
+)
 def test_allocate_like_keeps_library_and_dtype(library, name, shape):
-    if library == "numpy" and name == "bfloat16":
-        pytest.skip("NumPy has no bfloat16")
     array = patterned(name, (2, 2)) if library == "numpy" else tensor_of(name, (2, 2))
     for like in (array, flat_view(array)):
         new = allocate_like(like, shape)
@@ -258,7 +285,9 @@ def test_allocate_like_takes_a_count_and_non_contiguous_arrays():
     assert not new.requires_grad
 
 
-@given(hnp.arrays(st.sampled_from(HOST_DTYPES), hnp.array_shapes(min_dims=0, max_dims=3, min_side=0)), st.data())
+@given(
+    hnp.arrays(st.sampled_from(HOST_DTYPES), hnp.array_shapes(min_dims=0, max_dims=3, min_side=0)), st.data()
+)
 def test_copy_of_numpy_is_contiguous_and_equal(array, data):
     view = array.transpose(data.draw(st.permutations(range(array.ndim))))
     new = copy_of(view)
@@ -274,7 +303,7 @@ def test_copy_of_numpy_is_contiguous_and_equal(array, data):
 @pytest.mark.parametrize("name", DTYPES)
 def test_copy_of_tensor_is_contiguous_and_equal(name, shape):
     tensor = tensor_of(name, shape)
-    for view in (tensor, tensor.permute(*reversed(range(tensor.dim())))):
+    for view in (tensor, tensor.permute(tuple(reversed(range(tensor.dim()))))):
         new = copy_of(view)
         assert (new.dtype, new.shape) == (view.dtype, view.shape)
         assert new.is_contiguous()

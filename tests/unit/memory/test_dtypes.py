@@ -8,10 +8,13 @@ import pytest
 
 from mpitrain.memory import DTYPES, as_dtype, dtype_named, dtype_of_numpy, dtype_of_torch
 
-SUPPORTED = (
-    "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 "
-    "float16 bfloat16 float32 float64 complex64 complex128"
-).split()
+SUPPORTED = [
+    "bool",
+    *("int8", "int16", "int32", "int64"),
+    *("uint8", "uint16", "uint32", "uint64"),
+    *("float16", "bfloat16", "float32", "float64"),
+    *("complex64", "complex128"),
+]
 
 
 def test_dtypes_are_the_supported_ones():
@@ -23,7 +26,9 @@ def test_description_agrees_with_torch(name):
     torch = pytest.importorskip("torch")
     torch_dtype = getattr(torch, name)
     dtype = dtype_of_torch(torch_dtype)
-    assert dtype is dtype_of_torch(torch_dtype) is as_dtype(torch_dtype) is dtype_named(name) is as_dtype(name)
+    assert (
+        dtype is dtype_of_torch(torch_dtype) is as_dtype(torch_dtype) is dtype_named(name) is as_dtype(name)
+    )
     assert dtype.itemsize == torch.empty(0, dtype=torch_dtype).element_size() == dtype.storage.itemsize
     assert (dtype.kind == "complex") == torch_dtype.is_complex
     assert (dtype.kind == "float") == torch_dtype.is_floating_point
@@ -65,10 +70,23 @@ def test_dtype_is_frozen():
 
 @pytest.mark.parametrize(
     "value",
-    [">f4", "f4", "float", "object", np.dtype(">f4"), np.dtype("M8[s]"), np.dtype("U3"), np.dtype("i4,f8"), 4, float],
+    [
+        ">f4",
+        "f4",
+        "float",
+        "object",
+        np.dtype(">f4"),
+        np.dtype("M8[s]"),
+        np.dtype("U3"),
+        np.dtype("i4,f8"),
+        4,
+        float,
+    ],
 )
 def test_unsupported_dtype_lists_the_supported(value):
-    with pytest.raises(TypeError, match=r"^grad: unsupported dtype, got .*; use one of bool, int8, .*bfloat16.*"):
+    with pytest.raises(
+        TypeError, match=r"^grad: unsupported dtype, got .*; use one of bool, int8, .*bfloat16.*"
+    ):
         as_dtype(value, subject="grad")
 
 
@@ -77,5 +95,6 @@ def test_unsupported_torch_dtype_lists_the_supported():
     for torch_dtype in (torch.complex32, torch.float8_e4m3fn, torch.qint8):
         with pytest.raises(TypeError, match=r"^grad: unsupported dtype, got torch\..*; use one of bool"):
             as_dtype(torch_dtype, subject="grad")
-    with pytest.raises(TypeError, match="unsupported dtype"):
-        dtype_of_torch("float32")  # a name is not a torch dtype
+    for stranger in ("float32", "numpy.float32"):
+        with pytest.raises(TypeError, match=r"unsupported dtype"):
+            dtype_of_torch(stranger)

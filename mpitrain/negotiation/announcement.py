@@ -1,0 +1,78 @@
+"""What a rank says when it is ready for a named operation, and what is decided about it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = ["Announcement", "Decision", "Tensor"]
+
+
+class Tensor(NamedTuple):
+    """What the other ranks need to know of an array.
+
+    Attributes:
+        dtype: Name of the element type.
+        shape: Of this rank's array.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Announcement(NamedTuple):
+    """One rank is ready for one operation.
+
+    Attributes:
+        name: Equal on all ranks that mean the same operation; unique among those in flight.
+        collective: "allreduce", "allgather", "broadcast", "alltoall", "reduce_scatter" or "barrier".
+        tensors: One, or all of a grouped operation; they run together or not at all.
+        op: Name of the reduction, "" where there is none.
+        root: Rank, -1 where there is none.
+        prescale: Factor before the reduction.
+        postscale: Factor after it.
+        splits: Rows for each rank of an all-to-all.
+    """
+
+    name: str
+    collective: str
+    tensors: tuple[Tensor, ...] = ()
+    op: str = ""
+    root: int = -1
+    prescale: float = 1.0
+    postscale: float = 1.0
+    splits: tuple[int, ...] = ()
+
+    def describe(self) -> str:
+        """Return one line for messages."""
+        parts = [self.collective]
+        if self.op:
+            parts.append(self.op)
+        if self.tensors:
+            parts.append("of " + ", ".join(f"{tensor.dtype} {list(tensor.shape)}" for tensor in self.tensors))
+        if self.root >= 0:
+            parts.append(f"from root {self.root}")
+        if (self.prescale, self.postscale) != (1.0, 1.0):
+            parts.append(f"scaled by {self.prescale:g} before and {self.postscale:g} after")
+        if self.splits:
+            parts.append(f"with splits {list(self.splits)}")
+        return " ".join(parts)
+
+
+class Decision(NamedTuple):
+    """What all ranks do next, in the order in which decisions are made.
+
+    Attributes:
+        names: Operations to run now, fused into one if there are several.
+        error: Instead of running them: why they fail, the same on every rank.
+        reason: Kind of the error: "mismatch", "left" or "timeout".
+        rows: For an all-gather, the first dimension of each rank's array, for each tensor.
+        splits: For an all-to-all, the rows that each rank sends to each rank.
+        closed: No further decision will come, because of this.
+    """
+
+    names: tuple[str, ...]
+    error: str = ""
+    reason: str = ""
+    rows: tuple[tuple[int, ...], ...] = ()
+    splits: tuple[tuple[int, ...], ...] = ()
+    closed: str = ""

@@ -1,0 +1,262 @@
+"""Named operations: matched by name, in whatever order ranks start them.
+
+Each rank announces the operations that it is ready for to rank 0, which decides what all run next. Announcements
+leave at once, in the thread that starts an operation; all else is done by one task that the progress engine advances
+for as long as an operation of this rank is undecided. A rank with none sends and receives nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import pickle
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from mpitrain.collectives import Communicator, Handle, Task
+from mpitrain.errors import CollectiveError, CollectiveMismatchError, CommTimeoutError, RankFailedError
+from mpitrain.memory import DTYPES, copy_of, flat_view
+from mpitrain.negotiation.announcement import Announcement, Decision, Tensor
+from mpitrain.negotiation.coordinator import Coordinator
+from mpitrain.negotiation.execution import Entry, Results, run_decision
+
+__all__ = ["Negotiator"]
+
+_log = logging.getLogger("mpitrain")
+
+_COORDINATOR = 0
+_WATCH_INTERVAL_S = 0.25
+_ERRORS = {"mismatch": CollectiveMismatchError, "left": RankFailedError, "timeout": CommTimeoutError}
+
+
+class Negotiator:
+    """Runs the named operations of one group of ranks.
+
+    Args:
+        comm: The group. Its collectives and its messages are duplicated, so every rank must call.
+    """
+
+    def __init__(self, comm: Communicator) -> None:
+        self.comm = comm.duplicate(comm.settings.replace(check=False))
+        self.settings = comm.settings
+        self._control = comm.transport.duplicate()
+        self._coordinator: Coordinator | None = None
+        if comm.rank == _COORDINATOR:
+            itemsizes = {name: dtype.itemsize for name, dtype in DTYPES.items()}
+            self._coordinator = Coordinator(comm.size, comm.settings.fusion_nbytes, itemsizes)
+        self._lock = threading.Lock()
+        self._entries: dict[str, Entry] = {}
+        self._undecided: set[str] = set()
+        self._is_serving = False
+        self._closed = ""
+        self._unnamed = itertools.count()
+        # Rank 0's announcements to itself, and decisions to itself.
+        self._own_announcements: list[Announcement] = []
+        self._next_watch_s = 0.0
+
+    def start(
+        self,
+        name: str,
+        collective: str,
+        arrays: Sequence[Any] = (),
+        *,
+        op: str = "",
+        root: int = -1,
+        prescale: float = 1.0,
+        postscale: float = 1.0,
+        splits: Sequence[int] = (),
+        in_place: bool = False,
+    ) -> Handle[Results]:
+        """Announce an operation.
+
+        Args:
+            name: Equal on all ranks that mean the same operation.
+            collective: See `Announcement`; likewise the other arguments.
+            arrays: One, or all of a grouped operation. Copied if they are not contiguous and not `in_place`.
+            op: See `Announcement`.
+            root: See `Announcement`.
+            prescale: See `Announcement`.
+            postscale: See `Announcement`.
+            splits: See `Announcement`.
+            in_place: Results replace the inputs (all-reduce, broadcast), which must be contiguous.
+
+        Returns:
+            Handle of a list with one result per array; of pairs with the received splits for an all-to-all.
+
+        Raises:
+            ValueError: An operation of this name is in flight here.
+            ValueError, TypeError: An array that cannot be communicated.
+        """
+        if not in_place:
+            arrays = [_contiguous(array) for array in arrays]
+        views = [flat_view(array, name=name, writable=in_place) for array in arrays]
+        tensors = tuple(Tensor(view.dtype.name, tuple(view.shape)) for view in views)
+        if collective == "allgather":
+            tensors = tuple(Tensor(tensor.dtype, tensor.shape or (1,)) for tensor in tensors)
+        announcement = Announcement(name, collective, tensors, op, root, prescale, postscale, tuple(splits))
+        handle = self.comm.engine.promise(f"{collective} {name}")
+        with self._lock:
+            if self._closed:
+                handle.reject(RankFailedError(f"{name}: cannot complete: {self._closed}"))
+                return handle
+            if name in self._entries:
+                raise ValueError(
+                    "Requested to allreduce, allgather, or broadcast a tensor with the same name as another tensor "
+                    f"that is currently being processed: {name!r}; wait for that one, or pass another name"
+                )
+            self._entries[name] = Entry(announcement, list(arrays), in_place, handle)
+            self._undecided.add(name)
+            self._announce(announcement)
+            must_serve = not self._is_serving
+            self._is_serving = True
+        if must_serve:
+            self.comm.engine.start(self._serve(), "negotiation")
+        return handle
+
+    def next_name(self) -> str:
+        """Return a name for an operation that the caller has not named.
+
+        Ranks match such operations by how many they have started, so all must start them in the same order.
+        """
+        return f"noname.{next(self._unnamed)}"
+
+    def leave(self, reason: str) -> None:
+        """Tell the others that this rank takes part in no further operation, so that none waits for it in vain."""
+        with self._lock:
+            self._closed = self._closed or f"this rank {reason}"
+        if self._coordinator is not None:
+            self._broadcast([Decision((), closed=f"rank {self.comm.rank} {reason}")])
+        else:
+            self._control.notify(_COORDINATOR, pickle.dumps(reason))
+        self.comm.leave(reason)
+
+    def free(self) -> None:
+        """Release the communicators. Every rank must call, when no operation is in flight."""
+        self._control.free()
+        self.comm.free()
+
+    # What this rank says
+
+    def _announce(self, announcement: Announcement) -> None:
+        if self._coordinator is not None:
+            self._own_announcements.append(announcement)
+        else:
+            self._control.notify(_COORDINATOR, pickle.dumps(announcement))
+
+    def _broadcast(self, decisions: list[Decision]) -> None:
+        data = pickle.dumps(decisions)
+        for rank in range(self.comm.size):
+            if rank != _COORDINATOR:
+                self._control.notify(rank, data)
+
+    # What the engine advances
+
+    def _serve(self) -> Task[None]:
+        while True:
+            moved = self._coordinate() if self._coordinator is not None else self._obey()
+            with self._lock:
+                if not self._undecided:
+                    self._is_serving = False
+                    return
+            yield moved
+
+    def _coordinate(self) -> bool:
+        assert self._coordinator is not None
+        now_s = time.monotonic()
+        with self._lock:
+            own, self._own_announcements = self._own_announcements, []
+        for announcement in own:
+            self._coordinator.announce(self.comm.rank, announcement, now_s)
+        notices = self._control.notices()
+        for rank, data in notices:
+            message = pickle.loads(data)
+            if isinstance(message, str):
+                self._coordinator.leave(rank, message)
+            else:
+                self._coordinator.announce(rank, message, now_s)
+        if own or notices:
+            # More may be on the way: what becomes ready together is fused.
+            return True
+        decisions = self._coordinator.decide() + self._watch(now_s)
+        if decisions:
+            self._broadcast(decisions)
+            self._carry_out(decisions)
+        return bool(decisions)
+
+    def _watch(self, now_s: float) -> list[Decision]:
+        """Warn of operations that some ranks do not start, and end those that are overdue."""
+        assert self._coordinator is not None
+        if now_s < self._next_watch_s:
+            return []
+        self._next_watch_s = now_s + _WATCH_INTERVAL_S
+        if self.settings.stall_warning_s:
+            for line in self._coordinator.stalled(self.settings.stall_warning_s, now_s):
+                _log.warning("r%d/%d | %s", self.comm.rank, self.comm.size, line)
+        if self.settings.timeout_s:
+            return self._coordinator.overdue(self.settings.timeout_s, now_s)
+        return []
+
+    def _obey(self) -> bool:
+        notices = self._control.notices()
+        for _, data in notices:
+            self._carry_out(pickle.loads(data))
+        return bool(notices)
+
+    def _carry_out(self, decisions: list[Decision]) -> None:
+        for decision in decisions:
+            if decision.closed:
+                self._close(decision.closed)
+                continue
+            entries = [self._entries[name] for name in decision.names if name in self._entries]
+            with self._lock:
+                self._undecided.difference_update(decision.names)
+            if not entries:
+                continue  # an error of what this rank never started
+            if decision.error:
+                self._fail(entries, _ERRORS[decision.reason](decision.error))
+                continue
+            try:
+                task = run_decision(self.comm, decision, entries)
+            except Exception as error:
+                self._fail(entries, _as_collective_error(error))
+                continue
+            self.comm.engine.start(self._finish(task, entries), ", ".join(decision.names))
+
+    def _finish(self, task: Task[list[Results]], entries: list[Entry]) -> Task[None]:
+        try:
+            results = yield from task
+        except Exception as error:
+            self._fail(entries, _as_collective_error(error))
+            return
+        self._forget(entries)
+        for entry, result in zip(entries, results, strict=True):
+            entry.handle.resolve(result)
+
+    def _fail(self, entries: list[Entry], error: Exception) -> None:
+        self._forget(entries)
+        for entry in entries:
+            entry.handle.reject(error)
+
+    def _forget(self, entries: list[Entry]) -> None:
+        """Free the names; before the handles are done, so that whoever waits for one may use its name again."""
+        with self._lock:
+            for entry in entries:
+                del self._entries[entry.announcement.name]
+
+    def _close(self, reason: str) -> None:
+        with self._lock:
+            self._closed = self._closed or reason
+            entries = [self._entries[name] for name in self._undecided]
+            self._undecided.clear()
+        self._fail(entries, RankFailedError(f"named operations: cannot complete: {reason}"))
+
+
+def _contiguous(array: Any) -> Any:
+    is_contiguous = array.is_contiguous() if hasattr(array, "is_contiguous") else array.flags.c_contiguous
+    return array if is_contiguous else copy_of(array)
+
+
+def _as_collective_error(error: Exception) -> Exception:
+    return error if isinstance(error, (CollectiveError, ValueError, TypeError)) else CollectiveError(str(error))

@@ -1,0 +1,229 @@
+"""Averages gradients over all ranks while the backward pass still runs.
+
+A hook on each parameter gets its fresh gradient while that is still in the cache, and copies it into
+its place in a bucket, scaled and cast in the same pass. A bucket that is full is all-reduced at once, in the background.
+Buckets start in one order on all ranks, whatever the order in which they fill, so nothing needs to be negotiated.
+
+Until a step's buckets are synchronized, `param.grad` of a gradient in flight is None: nobody can read or change half
+a sum. Then it is a view of the bucket; no copy is made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mpitrain.collectives import Communicator, Handle, PersistentPlan
+from mpitrain.errors import CollectiveMismatchError
+from mpitrain.torch.buckets import bucket_layout
+
+__all__ = ["GradientReducer", "Scaling"]
+
+Tensor = torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Scaling:
+    """How gradients are reduced.
+
+    Attributes:
+        op: Name of the reduction, "sum" for averages, too.
+        before: Factor that a gradient is multiplied by on its way into the bucket.
+        after: Factor for the reduced bucket.
+        wire_dtype: Dtype in which floating-point gradients travel; None for their own.
+    """
+
+    op: str = "sum"
+    before: float = 1.0
+    after: float = 1.0
+    wire_dtype: torch.dtype | None = None
+
+
+class _Slot:
+    """The place of one parameter's gradient."""
+
+    __slots__ = ("bucket", "has_arrived", "name", "param", "passes_left", "position", "view")
+
+    def __init__(self, position: int, name: str, param: Tensor) -> None:
+        self.position = position
+        self.name = name
+        self.param = param
+        self.passes_left = 0
+        self.has_arrived = False
+        self.bucket: _Bucket
+        self.view: Tensor
+
+
+class _Bucket:
+    """Gradients that are reduced together."""
+
+    __slots__ = ("buffer", "handle", "missing", "plan", "slots")
+
+    def __init__(self, slots: list[_Slot], buffer: Tensor, plan: PersistentPlan) -> None:
+        self.slots = slots
+        self.buffer = buffer
+        self.plan = plan
+        self.missing = len(slots)
+        self.handle: Handle[Any] | None = None
+        offset = 0
+        for slot in slots:
+            count = slot.param.numel()
+            slot.bucket = self
+            slot.view = buffer[offset : offset + count].view(slot.param.shape)
+            offset += count
+
+
+class GradientReducer:
+    """Reduces the gradients of some parameters on a communicator of its own.
+
+    Args:
+        parameters: (name, parameter) pairs, the same on every rank.
+        comm: Owned from now on; no other operation may use it.
+        scaling: Same on every rank.
+        passes: Backward passes per step; gradients of the earlier ones are summed locally.
+
+    Raises:
+        CollectiveMismatchError: Ranks have different parameters; on every rank.
+    """
+
+    def __init__(
+        self, parameters: Sequence[tuple[str, Tensor]], comm: Communicator, scaling: Scaling, passes: int
+    ) -> None:
+        self._comm = comm
+        self._scaling = scaling
+        self.passes = passes
+        self._slots = [_Slot(position, name, param) for position, (name, param) in enumerate(parameters)]
+        self._check_parameters()
+        self._slot_of = {slot.param: slot for slot in self._slots}
+        self._arrivals: list[int] | None = []
+        # Backward passes usually make gradients in the opposite order of the parameters; the first one will tell.
+        self._build(list(reversed(range(len(self._slots)))))
+        for slot in self._slots:
+            slot.param.register_post_accumulate_grad_hook(self._on_gradient)
+
+    @property
+    def is_in_flight(self) -> bool:
+        """Whether a gradient has been taken that is not synchronized yet."""
+        return any(slot.has_arrived for slot in self._slots)
+
+    def reset(self) -> None:
+        """Expect `passes` backward passes from now on."""
+        for slot in self._slots:
+            slot.passes_left = self.passes
+
+    def synchronize(self) -> None:
+        """Wait until all gradients are reduced; afterwards every parameter has its gradient.
+
+        A parameter without a gradient on this rank takes part with zeros. Every rank must call.
+
+        Raises:
+            CommError: The ranks could not exchange messages.
+        """
+        for slot in self._slots:
+            if not slot.has_arrived:
+                self._take(slot)
+        self._launch()
+        for bucket in self._buckets:
+            assert bucket.handle is not None
+            bucket.handle.wait()
+            self._hand_out(bucket)
+        self._next = 0
+        self.reset()
+        if self._arrivals is not None:
+            self._learn_order()
+
+    def _check_parameters(self) -> None:
+        mine = [(slot.name, tuple(slot.param.shape), str(slot.param.dtype)) for slot in self._slots]
+        everybodys = self._comm.allgather_obj(mine)
+        for rank, others in enumerate(everybodys):
+            if others != everybodys[0]:
+                differing = [pair for pair in zip(everybodys[0], others, strict=False) if pair[0] != pair[1]]
+                detail = f"first in {differing[0]}" if differing else f"in number: {len(everybodys[0])}, {len(others)}"
+                raise CollectiveMismatchError(
+                    f"optimizer: ranks have different parameters; ranks 0 and {rank} differ {detail}"
+                )
+
+    def _build(self, order: list[int]) -> None:
+        """Lay out the buckets for gradients that come in this order."""
+        settings = self._comm.settings
+        dtypes = [self._wire_dtype(slot.param) for slot in self._slots]
+        sizes = [
+            (slot.param.numel() * dtype.itemsize, dtype) for slot, dtype in zip(self._slots, dtypes, strict=True)
+        ]
+        layout = bucket_layout(
+            sizes,
+            order,
+            bucket_nbytes=settings.bucket_nbytes,
+            first_bucket_nbytes=settings.first_bucket_nbytes,
+        )
+        self._buckets: list[_Bucket] = []
+        for members in layout:
+            slots = [self._slots[position] for position in members]
+            buffer = torch.zeros(sum(slot.param.numel() for slot in slots), dtype=dtypes[members[0]])
+            plan = self._comm.plan_allreduce_(buffer, op=self._scaling.op)
+            self._buckets.append(_Bucket(slots, buffer, plan))
+        self._next = 0
+        self.reset()
+
+    def _wire_dtype(self, param: Tensor) -> torch.dtype:
+        wire_dtype = self._scaling.wire_dtype
+        return wire_dtype if wire_dtype is not None and param.dtype.is_floating_point else param.dtype
+
+    def _on_gradient(self, param: Tensor) -> None:
+        slot = self._slot_of[param]
+        if slot.has_arrived:
+            raise AssertionError(
+                "Gradients were computed more than backward_passes_per_step times before call to step(). "
+                f"Increase backward_passes_per_step to accumulate gradients locally (parameter {slot.name!r})."
+            )
+        slot.passes_left -= 1
+        if slot.passes_left:
+            return
+        if self._arrivals is not None:
+            self._arrivals.append(slot.position)
+        self._take(slot)
+        self._launch()
+
+    def _take(self, slot: _Slot) -> None:
+        """Move a parameter's gradient into its bucket."""
+        grad = slot.param.grad
+        if grad is None:
+            slot.view.zero_()
+        elif grad.is_sparse:
+            raise TypeError(
+                f"gradient of {slot.name!r}: must be dense, got {grad.layout}; make the layer with sparse=False"
+            )
+        elif self._scaling.before == 1.0:
+            slot.view.copy_(grad)
+        else:
+            torch.mul(grad, self._scaling.before, out=slot.view)
+        slot.param.grad = None
+        slot.has_arrived = True
+        slot.bucket.missing -= 1
+
+    def _launch(self) -> None:
+        """Start the buckets that are full and whose turn it is."""
+        while self._next < len(self._buckets) and not self._buckets[self._next].missing:
+            bucket = self._buckets[self._next]
+            bucket.handle = bucket.plan.start()
+            self._next += 1
+
+    def _hand_out(self, bucket: _Bucket) -> None:
+        if self._scaling.after != 1.0:
+            bucket.buffer.mul_(self._scaling.after)
+        for slot in bucket.slots:
+            is_own_dtype = bucket.buffer.dtype == slot.param.dtype
+            slot.param.grad = slot.view if is_own_dtype else slot.view.to(slot.param.dtype)
+            slot.has_arrived = False
+        bucket.missing = len(bucket.slots)
+        bucket.handle = None
+
+    def _learn_order(self) -> None:
+        """Lay the buckets out anew in the order of rank 0's first backward pass, which all ranks agree on."""
+        arrivals = self._arrivals or []
+        self._arrivals = None
+        unused = set(range(len(self._slots))) - set(arrivals)
+        self._build(self._comm.broadcast_obj(arrivals + sorted(unused)))
