@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import weakref
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -69,6 +70,7 @@ class Communicator(Collectives):
         self._calls = 0
         self._in_flight = 0
         self._freed = False
+        self._leave_functions: list[weakref.WeakMethod[Callable[[str], None]]] = []
 
     @classmethod
     def from_mpi(cls, comm: MPI.Comm | None = None, *, settings: Settings | None = None) -> Communicator:
@@ -257,8 +259,15 @@ class Communicator(Collectives):
         """Give the communicator up: operations of all ranks on it raise `CommRevokedError`."""
         self._watch.revoke(reason)
 
+    def before_leaving(self, function: Callable[[str], None]) -> None:
+        """Have `function(reason)` called when this rank leaves: a bound method, which is held weakly."""
+        self._leave_functions.append(weakref.WeakMethod(function))
+
     def leave(self, reason: str) -> None:
         """Tell the other ranks that this one calls no further operation, so that none waits for it in vain."""
+        for reference in self._leave_functions:
+            if function := reference():
+                function(reason)
         if self._in_flight:
             self._watch.revoke(reason)
         self._watch.leave(self._calls, reason)

@@ -26,7 +26,7 @@ _ALWAYS = {
     "barrier": "dissemination",
 }
 # Below this the MPI library's own collective costs less than the Python that runs a schedule.
-_NATIVE_NBYTES = 256 << 10
+_NATIVE_NBYTES = 512 << 10
 _MOST_SEGMENTS = 64
 
 

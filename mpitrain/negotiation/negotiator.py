@@ -52,6 +52,7 @@ class Negotiator:
         self._is_serving = False
         self._closed = ""
         self._unnamed = itertools.count()
+        comm.before_leaving(self.leave)
         # Rank 0's announcements to itself, and decisions to itself.
         self._own_announcements: list[Announcement] = []
         self._next_watch_s = 0.0
@@ -125,7 +126,9 @@ class Negotiator:
     def leave(self, reason: str) -> None:
         """Tell the others that this rank takes part in no further operation, so that none waits for it in vain."""
         with self._lock:
-            self._closed = self._closed or f"this rank {reason}"
+            if self._closed:
+                return
+            self._closed = f"this rank {reason}"
         if self._coordinator is not None:
             self._broadcast([Decision((), closed=f"rank {self.comm.rank} {reason}")])
         else:

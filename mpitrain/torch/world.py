@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mpitrain.collectives import Communicator
-from mpitrain.collectives.departure import exit_reason
 from mpitrain.config import Settings
 from mpitrain.errors import NotInitializedError
 from mpitrain.negotiation import Negotiator
@@ -122,13 +121,12 @@ def shutdown() -> None:
     global _world
     if _world is None:
         return
-    reason = exit_reason() if exit_reason() != "has finished" else "has shut down"
     for process_set in list(_world.process_sets.values()):
         if process_set.negotiator is not None:
-            process_set.negotiator.leave(reason)
+            process_set.negotiator.leave("has shut down")
         _world.forget(process_set)
     global_process_set.ranks = None
-    _world.comm.leave(reason)
+    _world.comm.leave("has shut down")
     _world.comm.engine.close()
     _world = None
 

@@ -1,7 +1,8 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: goes to the top of the repository and offers functions that make and enter the
 # virtual environments and set what an MPI library needs.
 
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit
 repository=$PWD
 
 fail() {

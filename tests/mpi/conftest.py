@@ -1,9 +1,9 @@
 """Runs one test on all ranks as one test: it passes when it passed on every rank.
 
-After each phase of a test (setup, call, teardown) the ranks tell one another how it went. Where one failed, all
-fail: rank 0 reports for the job, no rank goes on to the next test and into collectives that others never
-enter, and `-x` stops all of them. A rank whose test failed and whose peers do not come, because
-they wait for it in a collective, says so after a moment and then ends the job.
+After each phase of a test (setup, call, teardown) the ranks tell one another how it went. Where one
+failed, all fail: rank 0 reports for the job, no rank goes on to the next test and into collectives that
+others never enter, and `-x` stops all of them. A rank whose test failed and whose peers do not come,
+because they wait for it in a collective, says so after a moment and then ends the job.
 
 Without `--with-mpi` nothing here is collected, so that plain `pytest` neither starts MPI nor needs it.
 """
@@ -19,10 +19,12 @@ from typing import Any
 
 import pytest
 
-# A rank that waits for its peers leaves the time limit of the test to them after the first of these, so that it
-# is the stack of a rank that hangs which is printed; after the second it gives up if its own test has failed.
+# A rank that waits for its peers starts its time limit anew after the first of these, so that the stack
+# which is printed is that of a rank that hangs; after the second it gives up if its own test has failed.
 GRACE_S = 2.0
 PATIENCE_S = 30.0
+# After the last test there is no time limit but this one.
+END_S = 120.0
 
 FAILURES = (Exception, pytest.fail.Exception)
 
@@ -39,7 +41,9 @@ class Ranks:
         self.comm = MPI.COMM_WORLD.Dup()
         self.rank, self.size = self.comm.Get_rank(), self.comm.Get_size()
 
-    def share(self, phase: str, outcome: str, failure: str = "", item: pytest.Item | None = None) -> list[Any]:
+    def share(
+        self, phase: str, outcome: str, failure: str = "", item: pytest.Item | None = None
+    ) -> list[Any]:
         """Return `(phase, outcome, failure)` of every rank; ends the job if the phases are not the same."""
         if self.size == 1:
             return [(phase, outcome, failure)]
@@ -61,11 +65,13 @@ class Ranks:
             if waited_s > GRACE_S and not is_late:
                 is_late = True
                 if item is not None:
-                    item.ihook.pytest_timeout_cancel_timer(item=item)
+                    _restart_limit(item)
                 if failure:
                     self._say(f"{phase} failed here, and has not ended on other ranks\n{failure}")
             if failure and waited_s > PATIENCE_S:
                 self._end_job(f"{phase} failed here, and other ranks do not come out of it")
+            if item is None and waited_s > END_S:
+                self._end_job("all tests have ended here, and other ranks do not come to the end")
             time.sleep(pause_s)
             pause_s = min(pause_s + 1e-5, 1e-3)
 
@@ -78,6 +84,8 @@ class Ranks:
     def _end_job(self, message: str) -> None:
         self._say(message)
         self.mpi.COMM_WORLD.Abort(1)
+        # MPICH's abort has been seen to return.
+        os._exit(1)
 
 
 RANKS = pytest.StashKey[Ranks]()
@@ -104,7 +112,9 @@ def pytest_report_header(config: pytest.Config) -> str:
         return "tests/mpi: left out; scripts/test-mpi runs them"
     ranks = config.stash[RANKS]
     vendor, version = ranks.mpi.get_vendor()
-    return f"MPI: {vendor} {'.'.join(map(str, version))}, rank {ranks.rank} of {ranks.size}, pid {os.getpid()}"
+    return (
+        f"MPI: {vendor} {'.'.join(map(str, version))}, rank {ranks.rank} of {ranks.size}, pid {os.getpid()}"
+    )
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -150,7 +160,9 @@ def _together(item: pytest.Item, phase: str) -> Generator[None, Any, Any]:
         failures = {rank: text for rank, (_, other, text) in enumerate(said) if other == "failed"}
         if failures:
             first = min(failures)
-            pytest.fail(f"failed on ranks {sorted(failures)}; on rank {first}:\n{failures[first]}", pytrace=False)
+            pytest.fail(
+                f"failed on ranks {sorted(failures)}; on rank {first}:\n{failures[first]}", pytrace=False
+            )
         # Skipped in setup on some ranks only, the others would be alone in the collectives of the test.
         if phase == "setup" and len({other for _, other, _ in said}) > 1:
             pytest.fail("skipped on some ranks only; a skip must not depend on the rank", pytrace=False)
@@ -160,14 +172,14 @@ def _together(item: pytest.Item, phase: str) -> Generator[None, Any, Any]:
 
 
 def _restart_limit(item: pytest.Item) -> None:
-    # A timer may have been stopped while the rank waited, and pytest-timeout stops it when a test fails; the
-    # teardown that follows can hang all the same.
+    # Each phase has a limit of its own: pytest-timeout stops the timer when a test fails, and the teardown
+    # can hang all the same.
     if LIMIT in item.stash:
         item.ihook.pytest_timeout_cancel_timer(item=item)
         item.ihook.pytest_timeout_set_timer(item=item, settings=item.stash[LIMIT])
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    # mpirun ends the job when the first rank leaves with a failure; rank 0 must have printed its report by then.
+    # mpirun ends the job when the first rank leaves with a failure; by then rank 0 must have printed its report.
     if RANKS in config.stash:
         config.stash[RANKS].share("the end", "passed")

@@ -17,9 +17,9 @@ pytest.importorskip("torch")
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8)
 LARGE_SIZES = (13, 16)
 
-# One transfer of 1000 elements becomes up to 500 segments of 16 bytes.
-TINY = Settings(wait="sleep", check=False, segment_nbytes=16, receive_window=4)
-NARROW = Settings(wait="sleep", check=False, segment_nbytes=48, receive_window=1)
+# A message of 1000 elements becomes up to 250 segments.
+TINY = Settings(wait="sleep", check=False, segment_nbytes=32, receive_window=4)
+NARROW = Settings(wait="sleep", check=False, segment_nbytes=80, receive_window=1)
 WHOLE = Settings(wait="sleep", check=False)
 
 

@@ -1,0 +1,291 @@
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from mpitrain.config import Settings
+from mpitrain.errors import (
+    CollectiveMismatchError,
+    CommError,
+    CommRevokedError,
+    CommTimeoutError,
+    RankFailedError,
+)
+from tests.support.ranks import outcome, run_communicators
+
+# Every failure must be everybody's within this time.
+SOON_S = 10.0
+UNCHECKED = Settings(wait="sleep", check=False)
+
+
+def soon(size, body, **options):
+    began_s = time.monotonic()
+    results = run_communicators(size, lambda comm: outcome(lambda: body(comm)), timeout_s=SOON_S, **options)
+    assert time.monotonic() - began_s < SOON_S
+    return results
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("form", ["allreduce_", "allreduce_async_"])
+@pytest.mark.parametrize("algorithm", ["ring", "recursive_doubling", "double_tree"])
+def test_rank_whose_messages_fail_makes_all_others_raise(algorithm, form, check):
+    def body(comm):
+        array = np.arange(1000.0)
+        if comm.rank == 2:
+            sends = []
+            isend = comm.transport.isend
+
+            def failing(*arguments):
+                sends.append(arguments)
+                if len(sends) > 3:
+                    raise CommError("send: the cable was cut")
+                return isend(*arguments)
+
+            comm.transport.isend = failing
+        answer = [getattr(comm, form)(array, algorithm=algorithm) for _ in range(5)]
+        return [handle.wait() for handle in answer] if "async" in form else answer
+
+    settings = Settings(wait="sleep", check=check, segment_nbytes=800)
+    results = soon(4, body, settings=settings, rendezvous=True)
+    assert isinstance(results[2], CommError)
+    assert "cable" in str(results[2])
+    for rank in (0, 1, 3):
+        assert isinstance(results[rank], CommRevokedError)
+        assert "rank 2" in str(results[rank])
+        assert "cable" in str(results[rank])
+
+
+def test_error_of_any_kind_inside_an_operation_makes_all_others_raise(monkeypatch):
+    from mpitrain.collectives import executor
+
+    reduce_into = executor.reduce_into
+
+    def broken(*arguments):
+        if threading.current_thread().name == "rank 1":
+            raise MemoryError("no room")
+        reduce_into(*arguments)
+
+    monkeypatch.setattr(executor, "reduce_into", broken)
+    results = soon(3, lambda comm: comm.allreduce(np.arange(10.0), algorithm="ring"), settings=UNCHECKED)
+    assert isinstance(results[1], MemoryError)
+    assert all(isinstance(results[rank], CommRevokedError) for rank in (0, 2))
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
+def test_interrupted_call_makes_all_others_raise(interrupt, monkeypatch):
+    # Rank 0 is interrupted while it sleeps between polls; the others must not wait for its part for ever.
+    from mpitrain.collectives import progress
+
+    class Backoff(progress.Backoff):
+        def pause(self):
+            if threading.current_thread().name == "rank 0":
+                raise interrupt
+            super().pause()
+
+    monkeypatch.setattr(progress, "Backoff", Backoff)
+
+    def body(comm):
+        if comm.rank == 0:
+            with pytest.raises(interrupt):
+                comm.allreduce(np.arange(10.0), algorithm="ring")
+            return None
+        time.sleep(0.05)
+        return comm.allreduce(np.arange(10.0), algorithm="ring")
+
+    results = soon(3, body, settings=UNCHECKED, rendezvous=True)
+    assert [type(result) for result in results] == [type(None), CommRevokedError, CommRevokedError]
+
+
+def test_revoked_communicator_refuses_every_further_call():
+    def body(comm):
+        if comm.rank == 1:
+            comm.revoke("has had enough")
+        error = outcome(lambda: comm.barrier())
+        again = outcome(lambda: comm.allreduce_async(np.ones(3)))
+        objects = outcome(lambda: comm.allgather_obj(1))
+        return error, again, objects
+
+    for result in soon(3, body):
+        for error in result:
+            assert isinstance(error, CommRevokedError)
+            assert "rank 1: has had enough" in str(error)
+            assert "make a new one" in str(error)
+
+
+def test_revoke_ends_operations_in_flight():
+    def body(comm):
+        if comm.rank == 0:
+            time.sleep(0.1)
+            comm.revoke("changed its mind")
+            return None
+        return comm.allreduce_async(np.ones(10)).wait()
+
+    results = soon(3, body)
+    assert all(isinstance(results[rank], CommRevokedError) for rank in (1, 2))
+
+
+def test_other_communicators_survive_a_revoked_one():
+    def body(comm):
+        other = comm.duplicate()
+        if comm.rank == 0:
+            comm.revoke("test")
+        assert isinstance(outcome(comm.barrier), CommRevokedError)
+        return float(other.allreduce(np.array(1.0)))
+
+    assert soon(3, body) == [3.0] * 3
+
+
+def test_rank_that_leaves_is_named_by_those_who_need_it():
+    def body(comm):
+        comm.barrier()
+        if comm.rank == 2:
+            comm.leave("has finished")
+            return None
+        return comm.allreduce(np.ones(4))
+
+    results = soon(3, body)
+    for rank in (0, 1):
+        assert isinstance(results[rank], (RankFailedError, CommRevokedError))
+        assert "rank 2 has finished" in str(results[rank])
+    assert any(isinstance(result, RankFailedError) for result in results)
+
+
+def test_rank_that_leaves_after_its_part_does_not_spoil_the_operation():
+    # Rank 0 has sent all it has to send, eagerly, and leaves while the others are not even there.
+    def body(comm):
+        if comm.rank == 0:
+            comm.broadcast(np.arange(5.0), root=0, algorithm="binomial")
+            comm.leave("has finished")
+            return np.arange(5.0)
+        time.sleep(0.1)
+        return comm.broadcast(np.zeros(5), root=0, algorithm="binomial")
+
+    for result in soon(4, body, settings=UNCHECKED):
+        np.testing.assert_array_equal(result, np.arange(5.0))
+
+
+def test_rank_that_leaves_in_the_middle_of_an_operation_gives_the_communicator_up():
+    def body(comm):
+        if comm.rank == 0:
+            comm.allreduce_async(np.ones(10))
+            comm.leave("has failed with ValueError: test")
+            return None
+        time.sleep(0.05)
+        first = outcome(lambda: comm.allreduce(np.ones(10)))
+        return first if isinstance(first, Exception) else outcome(comm.barrier)
+
+    results = soon(3, body, rendezvous=True)
+    for rank in (1, 2):
+        assert isinstance(results[rank], (CommRevokedError, RankFailedError))
+        assert "has failed with ValueError: test" in str(results[rank])
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("form", ["barrier", "barrier_async"])
+def test_time_limit_ends_waiting_for_a_rank_that_does_not_come(form, check):
+    settings = Settings(wait="sleep", check=check, timeout_s=0.2)
+
+    def body(comm):
+        if comm.rank == 0:
+            time.sleep(0.8)
+            # Too late: the others have given the communicator up meanwhile.
+            return outcome(comm.barrier)
+        answer = getattr(comm, form)()
+        return answer.wait() if form.endswith("async") else answer
+
+    results = soon(3, body, settings=settings)
+    assert isinstance(results[0], CommRevokedError)
+    errors = results[1:]
+    assert any(isinstance(error, CommTimeoutError) for error in errors)
+    assert all(isinstance(error, (CommTimeoutError, CommRevokedError)) for error in errors)
+    assert any("barrier" in str(error) and "0.2 s" in str(error) for error in errors)
+
+
+def test_time_limit_counts_from_the_last_movement_only():
+    # Rank 0 is slow with every message, but never for as long as the limit.
+    def body(comm):
+        if comm.rank == 0:
+            isend = comm.transport.isend
+
+            def slow(*arguments):
+                time.sleep(0.1)
+                return isend(*arguments)
+
+            comm.transport.isend = slow
+        return float(comm.allreduce(np.ones(50), algorithm="ring")[0])
+
+    settings = Settings(wait="sleep", check=False, timeout_s=0.4, segment_nbytes=40)
+    assert soon(2, body, settings=settings) == [2.0, 2.0]
+
+
+def test_stall_is_reported_once_and_the_operation_goes_on(caplog):
+    settings = Settings(wait="sleep", stall_warning_s=0.1)
+
+    def body(comm):
+        if comm.rank == 0:
+            time.sleep(0.5)
+        return float(comm.allreduce(np.ones(3), algorithm="ring")[0])
+
+    with caplog.at_level(logging.WARNING, logger="mpitrain"):
+        assert soon(2, body, settings=settings) == [2.0, 2.0]
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 1
+    assert messages[0].startswith("r1/2 | allreduce")
+
+
+def test_failed_operation_does_not_stop_one_on_another_communicator():
+    def body(comm):
+        other = comm.duplicate()
+        bad = comm.allreduce_async(np.ones(5 + comm.rank))
+        good = other.allreduce_async(np.ones(5))
+        assert isinstance(outcome(bad.wait), CollectiveMismatchError)
+        return good.wait().tolist()
+
+    assert soon(3, body) == [[3.0] * 5] * 3
+
+
+def test_messages_of_different_length_are_noticed_without_the_check():
+    def body(comm):
+        return comm.allreduce(np.ones(8 if comm.rank else 4), algorithm="recursive_doubling")
+
+    results = soon(2, body, settings=UNCHECKED)
+    assert any(isinstance(result, CollectiveMismatchError) for result in results)
+    assert all(isinstance(result, (CollectiveMismatchError, CommRevokedError)) for result in results)
+
+
+def test_news_may_arrive_while_another_thread_reads_it():
+    # Operations on several threads look for news at the same time; what they share must not change under them.
+    from mpitrain.collectives.peers import PeerWatch
+
+    class Transport:
+        rank, size = 0, 5000
+
+        def __init__(self):
+            self.next = 1
+
+        def notices(self):
+            source = self.next
+            self.next += 1
+            return [(source, b"left 9 has finished")]
+
+    watch = PeerWatch(Transport(), Settings())
+    errors = []
+
+    def look():
+        for _ in range(1000):
+            try:
+                watch._look(0.0, "test", 0)
+            except Exception as error:
+                errors.append(error)
+                return
+
+    threads = [threading.Thread(target=look) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []

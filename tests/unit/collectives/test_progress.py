@@ -1,0 +1,306 @@
+from __future__ import annotations
+
+import gc
+import threading
+import time
+import weakref
+
+import pytest
+
+from mpitrain.collectives import ProgressEngine
+from mpitrain.collectives.progress import drive
+from mpitrain.errors import CommError, CommTimeoutError
+
+
+def steps(*moves, result=None):
+    """A task that yields the given moves."""
+    yield from moves
+    return result
+
+
+def until(event, result=None):
+    """A task that ends when the event is set."""
+    while not event.is_set():
+        yield False
+    return result
+
+
+def failing(error, after=1):
+    for _ in range(after):
+        yield True
+    raise error
+
+
+@pytest.fixture
+def engine():
+    engine = ProgressEngine()
+    yield engine
+    engine.close()
+
+
+def wait_until(condition, limit_s=10.0):
+    deadline_s = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "condition was not met in time"
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("spin", [True, False])
+def test_drive_returns_the_result(spin):
+    assert drive(steps(False, True, False, result=7), spin=spin) == 7
+
+
+def test_drive_raises_what_the_task_raises():
+    with pytest.raises(CommError, match="broken"):
+        drive(failing(CommError("broken")), spin=False)
+
+
+def test_task_that_ends_at_once_needs_no_thread(engine):
+    handle = engine.start(steps(result=3))
+    assert handle.done
+    assert handle.wait() == 3
+    assert engine._thread is None
+
+
+def test_first_step_runs_in_the_caller(engine):
+    threads = []
+
+    def task():
+        threads.append(threading.current_thread())
+        yield True
+
+    engine.start(task()).wait()
+    assert threads == [threading.current_thread()]
+
+
+def test_background_thread_finishes_what_nobody_waits_for(engine):
+    handle = engine.start(steps(*[False] * 50, True, result="done"))
+    wait_until(lambda: handle.done)
+    assert handle.wait() == "done"
+
+
+def test_waiting_thread_advances_other_operations_too(engine):
+    first = threading.Event()
+
+    def second():
+        yield True
+        first.set()
+
+    handle = engine.start(until(first))
+    engine.start(second())
+    handle.wait(10)
+
+
+def test_stalled_operation_does_not_stop_others(engine):
+    never = threading.Event()
+    stalled = engine.start(until(never))
+    for number in range(20):
+        assert engine.start(steps(False, True, False, result=number)).wait(10) == number
+    assert not stalled.done
+    never.set()
+    stalled.wait(10)
+
+
+def test_failed_operation_does_not_stop_others(engine):
+    bad = engine.start(failing(CommError("broken"), after=3))
+    good = engine.start(steps(*[False] * 10, result=1))
+    assert good.wait(10) == 1
+    for _ in range(2):
+        with pytest.raises(CommError, match="broken"):
+            bad.wait(10)
+
+
+def test_error_in_the_first_step_is_for_the_handle(engine):
+    handle = engine.start(failing(CommError("at once"), after=0))
+    assert handle.done
+    with pytest.raises(CommError, match="at once"):
+        handle.wait()
+
+
+def test_wait_with_a_time_limit_leaves_the_operation_in_flight(engine):
+    event = threading.Event()
+    handle = engine.start(until(event, "late"), "allreduce of something")
+    began_s = time.monotonic()
+    with pytest.raises(CommTimeoutError, match=r"allreduce of something: .*0\.05 s"):
+        handle.wait(0.05)
+    assert 0.05 <= time.monotonic() - began_s < 5
+    assert not handle.done
+    event.set()
+    assert handle.wait(10) == "late"
+
+
+def test_wait_with_no_time_at_all_is_a_question(engine):
+    event = threading.Event()
+    handle = engine.start(until(event))
+    with pytest.raises(CommTimeoutError):
+        handle.wait(0)
+    event.set()
+
+
+def test_many_threads_may_wait_for_the_same_operation(engine):
+    event = threading.Event()
+    handle = engine.start(until(event, 5))
+    results = []
+    threads = [threading.Thread(target=lambda: results.append(handle.wait(10))) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.02)
+    event.set()
+    for thread in threads:
+        thread.join(10)
+    assert results == [5] * 6
+
+
+def test_a_task_is_never_advanced_by_two_threads_at_once(engine):
+    inside = threading.Lock()
+    overlaps = []
+
+    def task():
+        for _ in range(200):
+            if not inside.acquire(blocking=False):
+                overlaps.append(threading.current_thread().name)
+            time.sleep(0)
+            inside.release()
+            yield True
+
+    handle = engine.start(task())
+    threads = [threading.Thread(target=handle.wait, args=(20,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert handle.done
+    assert overlaps == []
+
+
+def test_operations_started_and_awaited_by_many_threads(engine):
+    # Every hand-over between waiting threads and the background thread; a lost wake-up would be a hang.
+    failures = []
+
+    def work(seed):
+        for turn in range(100):
+            handle = engine.start(steps(*[False] * ((seed + turn) % 7), result=turn))
+            if turn % 3 == 0:
+                time.sleep(0.0005 * (seed % 3))
+            if handle.wait(20) != turn:
+                failures.append((seed, turn))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert failures == []
+    assert engine._active == []
+
+
+@pytest.mark.parametrize("spin", [True, False])
+def test_idle_engine_uses_no_processor_time(spin):
+    engine = ProgressEngine(spin_background=spin, spin_waiting=spin)
+    engine.start(steps(False, result=1)).wait(10)
+    gc.collect()
+    began_s = time.process_time()
+    time.sleep(0.5)
+    used_s = time.process_time() - began_s
+    engine.close()
+    assert used_s < 0.1
+
+
+@pytest.mark.parametrize("spin", [True, False])
+def test_engine_that_waits_for_peers_leaves_the_core_to_others(spin):
+    engine = ProgressEngine(spin_background=spin)
+    never = threading.Event()
+    engine.start(until(never))
+    # Past the time for which polling is worth while.
+    time.sleep(0.2)
+    began_s = time.process_time()
+    time.sleep(0.5)
+    used_s = time.process_time() - began_s
+    never.set()
+    engine.close()
+    assert used_s < 0.3
+
+
+def test_closed_engine_refuses_operations_and_its_thread_ends(engine):
+    never = threading.Event()
+    handle = engine.start(until(never))
+    thread = engine._thread
+    engine.close()
+    assert not thread.is_alive()
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.start(steps(False, False))
+    # Who waits for what was in flight can still finish it.
+    never.set()
+    handle.wait(10)
+    engine.close()
+
+
+def test_engine_that_nobody_refers_to_is_collected_and_its_thread_ends():
+    engine = ProgressEngine()
+    engine.start(steps(False, result=1)).wait(10)
+    thread, reference = engine._thread, weakref.ref(engine)
+    del engine
+    thread.join(10)
+    assert not thread.is_alive()
+    gc.collect()
+    assert reference() is None
+
+
+def test_interrupt_while_waiting_leaves_the_operation_in_flight(engine, monkeypatch):
+    event = threading.Event()
+    handle = engine.start(until(event, 1))
+    interrupted = []
+
+    def pause(self):
+        if not interrupted and threading.current_thread() is threading.main_thread():
+            interrupted.append(True)
+            raise KeyboardInterrupt
+        time.sleep(0.001)
+
+    monkeypatch.setattr("mpitrain.collectives.progress.Backoff.pause", pause)
+    with pytest.raises(KeyboardInterrupt):
+        handle.wait(10)
+    event.set()
+    assert handle.wait(10) == 1
+
+
+def test_interrupt_inside_an_operation_does_not_stop_others(engine):
+    caller = threading.current_thread()
+
+    def interrupted():
+        yield False
+        # Only an interrupt of the thread that waits, as a signal would be.
+        while threading.current_thread() is not caller:
+            yield False
+        raise KeyboardInterrupt
+
+    other = engine.start(steps(*[False] * 1000, result=2))
+    handle = engine.start(interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        handle.wait(10)
+    assert handle.done
+    assert other.wait(10) == 2
+    assert engine.start(steps(False, False, result=3)).wait(10) == 3
+
+
+def test_waiting_time_is_counted(engine):
+    event = threading.Event()
+    timer = threading.Timer(0.05, event.set)
+    timer.start()
+    engine.start(until(event)).wait(10)
+    assert 0.02 < engine.waiting_s < 5
+
+
+def test_promise_is_resolved_by_another_task(engine):
+    promise = engine.promise("named")
+
+    def other():
+        yield False
+        promise.resolve(9)
+
+    engine.start(other())
+    assert promise.wait(10) == 9
+    broken = engine.promise()
+    broken.reject(CommError("given up"))
+    with pytest.raises(CommError, match="given up"):
+        broken.wait(10)
