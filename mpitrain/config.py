@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
-__all__ = ["PREFIX", "Settings"]
+__all__ = ["PREFIX", "Settings", "cache_folder"]
 
 PREFIX = "MPITRAIN_"
 
@@ -55,8 +56,11 @@ class Settings:
         fusion_nbytes: Named operations that are ready together are fused up to this size.
         timeout_s: A collective that makes no progress for so long raises `CommTimeoutError`; 0 is never.
         stall_warning_s: After so long without progress a warning says who is waited for; 0 is never.
+        shared_memory: Let ranks of one node reduce in memory that all of them map, where MPI can share it.
+        staging_nbytes: Shared memory of each rank and communicator through which ordinary arrays pass.
         check: Compare what the ranks bring to each collective before it starts, so that a
             mismatch is an error on every rank. Costs one small all-reduce.
+        tune_dir: Folder of the tables that `mpitrain tune` measures; "" is `tune` in the `cache_folder` of rank 0.
         wait: "spin" keeps polling, "sleep" gives the core away, "auto" spins only if the node has
             a core for every thread that could wait.
     """
@@ -69,7 +73,10 @@ class Settings:
     fusion_nbytes: int = 64 << 20
     timeout_s: float = 0.0
     stall_warning_s: float = 60.0
+    shared_memory: bool = True
+    staging_nbytes: int = 2 << 20
     check: bool = True
+    tune_dir: str = ""
     wait: str = "auto"
 
     @classmethod
@@ -106,6 +113,22 @@ _PARSERS: dict[str, Callable[[str], object]] = {
     "fusion_nbytes": _positive,
     "timeout_s": _seconds,
     "stall_warning_s": _seconds,
+    "shared_memory": _switch,
+    "staging_nbytes": _positive,
     "check": _switch,
+    "tune_dir": str,
     "wait": _waiting,
 }
+
+
+def cache_folder(environ: Mapping[str, str] | None = None) -> Path:
+    """Return the folder for what can be made again, as the XDG Base Directory Specification has it.
+
+    It need not be the same on all hosts.
+    """
+    environ = os.environ if environ is None else environ
+    given = environ.get("XDG_CACHE_HOME", "")
+    # The specification has relative paths ignored.
+    base = Path(given) if Path(given).is_absolute() else Path.home() / ".cache"
+    return base / "mpitrain"
+

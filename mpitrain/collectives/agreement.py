@@ -6,6 +6,7 @@ differ do they exchange the descriptions themselves, so that all of them can say
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 
 import numpy as np
@@ -14,9 +15,12 @@ from mpitrain.collectives.context import Context
 from mpitrain.collectives.executor import Task
 from mpitrain.collectives.layout import Layout
 from mpitrain.collectives.plan import Call
+from mpitrain.comm import Transport
+from mpitrain.config import PREFIX, Settings
+from mpitrain.errors import CollectiveMismatchError
 from mpitrain.memory import ReduceOp, dtype_named
 
-__all__ = ["agree"]
+__all__ = ["agree", "check_same_settings"]
 
 _INT64 = dtype_named("int64")
 _UINT8 = dtype_named("uint8")
@@ -32,9 +36,12 @@ def agree(context: Context, description: str, call: Call) -> Task[str]:
     # One minimum finds both ends: the ranks agree if the smallest is also the largest.
     ends = np.array([digest, -digest], np.int64)
     if context.has_native and call.blocking:
-        while not context.native_order.may_start(call.ticket):
-            yield False
-        context.transport.native.allreduce(ends, _INT64, ReduceOp.MIN, blocking=True)
+        # Not a blocking call: only who looks up now and then learns that a rank will not come. Once all agree all
+        # are there, and the collective itself, which keeps this one's turn, may block.
+        native = context.transport.native.allreduce
+        yield from context.run_native(
+            call._replace(blocking=False), native, ends, _INT64, ReduceOp.MIN, keep_turn=True
+        )
     else:
         program = context.program("allreduce", "recursive_doubling", Layout.packed((2,)), _INT64, nbytes=16)
         yield from context.execute(program, [ends], _INT64, call, ReduceOp.MIN)
@@ -42,6 +49,22 @@ def agree(context: Context, description: str, call: Call) -> Task[str]:
         descriptions = yield from _exchange(context, description, call)
         return _message(descriptions)
     return ""
+
+
+def check_same_settings(transport: Transport, settings: Settings) -> None:
+    """Refuse settings that differ between ranks, as they decide how messages are cut. Every rank must call.
+
+    Raises:
+        CollectiveMismatchError: The message names what differs; raised on every rank.
+    """
+    answers = [dataclasses.asdict(each) for each in transport.gather_everywhere(settings)]
+    for name, first in answers[0].items():
+        odd = [rank for rank, answer in enumerate(answers) if answer[name] != first]
+        if odd:
+            raise CollectiveMismatchError(
+                f"{PREFIX}{name.upper()}: must be the same on every rank, got {answers[odd[0]][name]!r} on ranks "
+                f"{_ranges(odd)} and {first!r} on rank 0; have mpirun hand the environment to all hosts"
+            )
 
 
 def _exchange(context: Context, description: str, call: Call) -> Task[list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -13,18 +14,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpitrain.collectives import operations
-from mpitrain.collectives.agreement import agree
+from mpitrain.collectives.agreement import agree, check_same_settings
 from mpitrain.collectives.context import Context
 from mpitrain.collectives.departure import watch_exit
 from mpitrain.collectives.executor import Task
 from mpitrain.collectives.peers import PeerWatch
 from mpitrain.collectives.plan import Call, Plan
 from mpitrain.collectives.progress import Handle, ProgressEngine, drive
+from mpitrain.collectives.selection import known_algorithms
 from mpitrain.collectives.verbs import Collectives
 from mpitrain.comm import Topology, Transport
 from mpitrain.config import Settings
-from mpitrain.errors import CollectiveMismatchError, MpitrainError
-from mpitrain.memory import ReduceOp, ScratchPool
+from mpitrain.errors import CollectiveMismatchError
+from mpitrain.memory import ReduceOp, SharedArray, as_dtype
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -63,17 +65,20 @@ class Communicator(Collectives):
         self, transport: Transport, *, settings: Settings | None = None, engine: ProgressEngine | None = None
     ) -> None:
         self.settings = settings or Settings.from_environ()
+        check_same_settings(transport, self.settings)
         self.topology = Topology.discover(transport)
         self.engine = engine or _make_engine(self.settings, self.topology)
-        self._context = Context(transport, self.settings, ScratchPool())
+        self._context = Context(transport, self.topology, self.settings)
         self._watch = PeerWatch(transport, self.settings)
+        # Calls are counted by who makes them, and down again by who ends them, mostly the progress thread.
+        self._lock = threading.Lock()
         self._calls = 0
         self._in_flight = 0
         self._freed = False
         self._leave_functions: list[weakref.WeakMethod[Callable[[str], None]]] = []
 
     @classmethod
-    def from_mpi(cls, comm: MPI.Comm | None = None, *, settings: Settings | None = None) -> Communicator:
+    def from_mpi(cls, comm: MPI.Comm | Sequence[int] | None = None, *, settings: Settings | None = None) -> Communicator:
         """Make a communicator of the ranks of an MPI communicator.
 
         Args:
@@ -104,6 +109,14 @@ class Communicator(Collectives):
         """Number of ranks."""
         return self._context.size
 
+    def known_algorithms(self, collective: str) -> list[str]:
+        """Return the names that the `algorithm` of a collective may have here.
+
+        Raises:
+            ValueError: No such collective.
+        """
+        return known_algorithms(collective, self._context.available)
+
     @property
     def transport(self) -> Transport:
         """What carries the messages."""
@@ -126,9 +139,9 @@ class Communicator(Collectives):
         """Copy the root's picklable `value`, which is ignored elsewhere; every rank returns it, the root its own.
 
         Raises:
-            ValueError: Root out of range, or the root's value cannot be pickled; on every rank.
+            ValueError: The root's value cannot be pickled, on every rank; or the root is out of range.
         """
-        self._context.check_root("broadcast_obj", root)
+        self._run(_plan_root, "broadcast_obj", root)
         values = self._exchange_pickled(value if self.rank == root else None)
         return value if self.rank == root else pickle.loads(values[root])
 
@@ -150,6 +163,23 @@ class Communicator(Collectives):
         ends = list(accumulate(rows))
         return [everything[end - length : end].tobytes() for end, length in zip(ends, rows, strict=True)]
 
+    # Memory
+
+    def allocate(self, shape: int | Sequence[int], dtype: Any) -> SharedArray:
+        """Allocate an array, zero at first, in memory that all ranks of a node map. Every rank must call.
+
+            buffer = comm.allocate((1000, 1000), "float32")
+            buffer.numpy()[:] = ...                  # or buffer.tensor()
+            comm.allreduce_(buffer)                  # no message is sent within a node
+
+        Where a node has no shared memory left the array is private on all ranks, with a warning; everything works, more slowly.
+
+        Args:
+            shape: Same on every rank.
+            dtype: Name, NumPy dtype or torch dtype; same on every rank.
+        """
+        return self._context.allocate((shape,) if isinstance(shape, int) else tuple(shape), as_dtype(dtype))
+
     # Plans
 
     def plan_allreduce_(
@@ -165,11 +195,11 @@ class Communicator(Collectives):
     # How plans are run
 
     def _run(self, make_plan: Callable[..., Plan[Result]], *arguments: Any, **options: Any) -> Result:
-        plan = self._try(make_plan, arguments, options)
+        plan = self._try(make_plan, arguments, options, blocking=True)
         return self._drive(self._call(plan, blocking=True, check=self.settings.check))
 
     def _start(self, make_plan: Callable[..., Plan[Result]], *arguments: Any, **options: Any) -> Handle[Result]:
-        plan = self._try(make_plan, arguments, options)
+        plan = self._try(make_plan, arguments, options, blocking=False)
         return self.start(plan, check=self.settings.check)
 
     def start(self, plan: Plan[Result], *, check: bool = False) -> Handle[Result]:
@@ -181,38 +211,43 @@ class Communicator(Collectives):
         return self._drive(self._call(plan, blocking=True, check=check))
 
     def _checked(self, make_plan: Callable[..., Plan[Result]], *arguments: Any, **options: Any) -> Plan[Result]:
-        plan = self._try(make_plan, arguments, options)
+        plan = self._try(make_plan, arguments, options, blocking=True)
         self._drive(self._call(Plan(plan.description, _nothing), blocking=True, check=True))
         return plan
 
     def _try(
-        self, make_plan: Callable[..., Plan[Result]], arguments: tuple[Any, ...], options: dict[str, Any]
+        self,
+        make_plan: Callable[..., Plan[Result]],
+        arguments: tuple[Any, ...],
+        options: dict[str, Any],
+        *,
+        blocking: bool,
     ) -> Plan[Result]:
         self._watch.check()
         try:
             return make_plan(self._context, *arguments, **options)
-        except (ValueError, TypeError, MpitrainError) as error:
+        except Exception as error:
             if self.settings.check:
-                # The others may have brought good arguments and be waiting: tell them, then raise.
+                # The others may have brought good arguments and be waiting: tell them, then raise. In their
+                # form, as blocking and asynchronous calls compare what they bring in different ways.
                 description = f"bad argument: {type(error).__name__}: {error}"
                 with contextlib.suppress(CollectiveMismatchError):
-                    self._drive(self._call(Plan(description, _nothing), blocking=True, check=True))
+                    self._drive(self._call(Plan(description, _nothing), blocking=blocking, check=True))
             raise
 
     def _call(self, plan: Plan[Result], *, blocking: bool, check: bool) -> Task[Result]:
         """Return the guarded task of one call; taking its number here keeps calls in order on all ranks."""
         self._watch.check()
-        index = self._calls
-        self._calls += 1
-        order = self._context.native_order
-        takes_turn = self._context.has_native and (plan.uses_native or (check and blocking))
-        call = Call(
-            tag=index % min(self.transport.max_tag, _MOST_TAGS),
-            blocking=blocking,
-            ticket=order.take_ticket() if takes_turn else -1,
-        )
-
-        self._in_flight += 1
+        context = self._context
+        starts_native = context.has_native and (plan.uses_native or (check and blocking))
+        with self._lock:
+            index = self._calls
+            self._calls += 1
+            self._in_flight += 1
+            ticket = context.native_order.take_ticket() if starts_native else -1
+            staging_ticket = context.staging_order.take_ticket() if plan.uses_staging else -1
+        tag = index % min(self.transport.max_tag, _MOST_TAGS)
+        call = Call(tag, blocking, index, ticket, staging_ticket)
         return self._task(plan, call, index, check=check)
 
     def _task(self, plan: Plan[Result], call: Call, index: int, *, check: bool) -> Task[Result]:
@@ -225,9 +260,12 @@ class Communicator(Collectives):
                     raise CollectiveMismatchError(disagreement)
             return (yield from guard(plan.task(call), plan.description, index))
         finally:
-            self._in_flight -= 1
+            with self._lock:
+                self._in_flight -= 1
             if call.ticket >= 0:
                 self._context.native_order.give_back(call.ticket)
+            if call.staging_ticket >= 0:
+                self._context.staging_order.give_back(call.staging_ticket)
 
     def _drive(self, task: Task[Result]) -> Result:
         return drive(task, spin=self.engine.spin_waiting)
@@ -285,7 +323,7 @@ class Communicator(Collectives):
         """Release the communicator. Every rank must call, when no operation is in flight."""
         if not self._freed:
             self._freed = True
-            self.transport.free()
+            self._context.free()
 
 
 class PersistentPlan:
@@ -303,6 +341,11 @@ class PersistentPlan:
     def start(self) -> Handle[Any]:
         """Start it; the array must be left alone until the handle is done."""
         return self._comm.start(self._plan)
+
+
+def _plan_root(context: Context, subject: str, root: int) -> Plan[None]:
+    context.check_root(subject, root)
+    return Plan(f"{subject} from root {root}", _nothing)
 
 
 def _nothing(_call: Call) -> Task[Any]:

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from numpy.typing import NDArray
 
+from mpitrain.collectives.across import AcrossNodes
+from mpitrain.collectives.direct import Reduction, shared_allreduce, staged_allreduce
 from mpitrain.collectives.executor import Task, execute
 from mpitrain.collectives.layout import Layout
+from mpitrain.collectives.node import make_node
 from mpitrain.collectives.plan import Call
 from mpitrain.collectives.program import Program, compile_program
-from mpitrain.collectives.selection import choose_num_segments
-from mpitrain.comm import Request, Transport
+from mpitrain.collectives.selection import DIRECT, HIERARCHICAL, Available, choose_num_segments
+from mpitrain.comm import Request, Topology, Transport
 from mpitrain.config import Settings
-from mpitrain.memory import DType, ReduceOp, ScratchPool
+from mpitrain.errors import UnavailableError
+from mpitrain.memory import DType, ReduceOp, ScratchPool, SharedArray, check_op, parse_op
 from mpitrain.schedules import find_algorithm
 
-__all__ = ["Context", "NativeOrder"]
+__all__ = ["CallOrder", "Context"]
+
+_log = logging.getLogger("mpitrain")
 
 
-class NativeOrder:
-    """Lets the MPI library's collectives start in the order in which they were called.
+class CallOrder:
+    """Lets what calls have in common be used in the order of the calls, which is the same on all ranks.
 
-    MPI matches them by that order, but an operation that the progress thread advances may get to its start late.
+    An operation that the progress thread advances may get to the point where it needs its turn late.
     """
 
     def __init__(self) -> None:
@@ -44,7 +52,7 @@ class NativeOrder:
         return ticket <= self._current
 
     def give_back(self, ticket: int) -> None:
-        """The collective has started, or never will; later calls change nothing."""
+        """The turn is over, or never comes; further calls with this ticket change nothing."""
         with self._lock:
             if ticket < self._current:
                 return
@@ -57,13 +65,22 @@ class NativeOrder:
 class Context:
     """Transport, settings and scratch memory of one communicator, and how its operations run."""
 
-    def __init__(self, transport: Transport, settings: Settings, scratch: ScratchPool) -> None:
+    def __init__(self, transport: Transport, topology: Topology, settings: Settings) -> None:
         self.transport = transport
         self.settings = settings
-        self.scratch = scratch
-        self.native_order = NativeOrder()
         self.rank = transport.rank
         self.size = transport.size
+        self.scratch = ScratchPool()
+        # MPI matches the library's own collectives by the order in which they start.
+        self.native_order = CallOrder()
+        # One operation at a time uses the node's staging memory.
+        self.staging_order = CallOrder()
+        self.node = make_node(transport, topology, settings)
+        self.across = None
+        if self.node is not None and len(topology.nodes) > 1:
+            self.across = AcrossNodes.make(transport, topology, settings, self.scratch)
+        shared = None if self.node is None else DIRECT if self.across is None else HIERARCHICAL
+        self.available = Available(self.has_native, shared)
 
     @property
     def has_native(self) -> bool:
@@ -109,12 +126,50 @@ class Context:
             receive_window=self.settings.receive_window,
         )
 
-    def run_native(self, call: Call, start: Callable[..., list[Request]], *arguments: object) -> Task[None]:
-        """Run `start(*arguments, blocking=...)`, a collective of the MPI library, when its turn comes."""
+    def allocate(self, shape: tuple[int, ...], dtype: DType) -> SharedArray:
+        """Allocate an array of zeros, shared on all nodes or private on all ranks; every rank must call."""
+        count = math.prod(shape)
+        if self.node is None:
+            return SharedArray.private(dtype, shape)
+        try:
+            # A window of no bytes is not to be had.
+            block, problem = self.node.allocate(max(1, count * dtype.itemsize)), ""
+        except UnavailableError as error:
+            block, problem = None, str(error)
+        problems = [text for text in self.transport.gather_everywhere(problem) if text]
+        if not problems and block is not None:
+            return SharedArray(dtype, shape, block.typed(dtype.storage, 0, count), self.node.rank, block)
+        if block is not None:
+            block.free()
+        if self.rank == 0:
+            _log.warning("%s; going on with private memory and messages, which is slower", problems[0])
+        return SharedArray.private(dtype, shape)
+
+    def run_shared(self, array: SharedArray, reduction: Reduction, call: Call) -> Task[None]:
+        """Return the task that reduces an array which lies in the node's memory."""
+        assert self.node is not None
+        return shared_allreduce(self.node, array.everybodys, reduction, call.number + 1, self.across)
+
+    def run_staged(self, data: NDArray[Any], reduction: Reduction, call: Call) -> Task[None]:
+        """Reduce an ordinary array through the node's staging memory, when its turn comes."""
+        assert self.node is not None
+        while not self.staging_order.may_start(call.staging_ticket):
+            yield False
+        yield from staged_allreduce(self.node, data, reduction, call.number + 1, self.across)
+
+    def run_native(
+        self, call: Call, start: Callable[..., list[Request]], *arguments: object, keep_turn: bool = False
+    ) -> Task[None]:
+        """Run `start(*arguments, blocking=...)`, a collective of the MPI library, when its turn comes.
+
+        With `keep_turn` another one of the same call follows.
+        """
         while not self.native_order.may_start(call.ticket):
             yield False
-        requests = start(*arguments, blocking=call.blocking)
-        self.native_order.give_back(call.ticket)
+        # A time limit is for who can stop waiting.
+        requests = start(*arguments, blocking=call.blocking and not self.settings.timeout_s)
+        if not keep_turn:
+            self.native_order.give_back(call.ticket)
         try:
             while requests:
                 done = self.transport.test_some(requests)
@@ -126,7 +181,23 @@ class Context:
             self.transport.abandon(requests)
             raise
 
-    def check_root(self, collective: str, root: int) -> None:
+    @staticmethod
+    def check_reduction(collective: str, op: str | ReduceOp, dtype: DType) -> ReduceOp:
+        """Return the operation that `op` names.
+
+        Raises:
+            ValueError: No such operation, or one that does not work element by element.
+            TypeError: It has no meaning for the dtype.
+        """
+        op = parse_op(op)
+        if op is ReduceOp.ADASUM:
+            raise ValueError(
+                f"{collective}: op must work element by element, got adasum; combine whole gradients in the optimizer"
+            )
+        check_op(op, dtype)
+        return op
+
+    def check_root(self, collective: str, root: object) -> None:
         """Refuse a root that is no rank.
 
         Raises:
@@ -134,3 +205,11 @@ class Context:
         """
         if isinstance(root, bool) or not isinstance(root, int) or not 0 <= root < self.size:
             raise ValueError(f"{collective}: root out of range, got {root!r}; use a rank from 0 to {self.size - 1}")
+
+    def free(self) -> None:
+        """Release memory and transports. Every rank must call, with no operation in flight."""
+        if self.across is not None:
+            self.across.free()
+        if self.node is not None:
+            self.node.free()
+        self.transport.free()

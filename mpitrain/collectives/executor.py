@@ -46,7 +46,7 @@ def execute(
         tag: No other operation in flight on this transport may have it; same on every rank.
         op: How received elements are reduced; same on every rank.
         scratch: Memory for segments that wait to be reduced is taken from here and given back.
-        receive_window: How many such segments may be in flight.
+        receive_window: How many such segments may be in flight; more where the program needs it.
     """
     if program.transfers:
         run = _Run(transport, program, arrays, dtype, tag, op)
@@ -87,14 +87,14 @@ class _Run:
     def task(self, scratch: ScratchPool, receive_window: int) -> Task[None]:
         """Move transfers until none remains."""
         program = self.program
-        slot_count = program.largest_reduce_count
-        num_slots = min(receive_window, sum(program.transfers[index].reduce for index in program.receives))
-        slot_nbytes = -(-slot_count * self.dtype.itemsize // 64) * 64
-        memory = scratch.acquire(num_slots * slot_nbytes)
-        self.slots = [
-            memory[slot * slot_nbytes : slot * slot_nbytes + slot_count * self.dtype.itemsize].view(self.dtype.storage)
-            for slot in range(num_slots)
-        ]
+        num_slots = min(max(receive_window, program.least_slots), program.num_reduces)
+        memory: Bytes | None = None
+        if num_slots:
+            nbytes = program.largest_reduce_count * self.dtype.itemsize
+            aligned_nbytes = -(-nbytes // 64) * 64
+            memory = scratch.acquire(num_slots * aligned_nbytes)
+            rows = memory.reshape(num_slots, aligned_nbytes)
+            self.slots = [row[:nbytes].view(self.dtype.storage) for row in rows]
         try:
             while True:
                 moved = self._post_receives()

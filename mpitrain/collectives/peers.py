@@ -122,9 +122,10 @@ class PeerWatch:
                         self._look(now_s - idle_since_s, description, call_index)
                         warned = warned or self._warn(now_s - idle_since_s, description)
                 yield moved
-        except Exception as error:
+        except BaseException as error:
+            # Interrupted or dropped half way, the operation cannot be taken up again: the others must know as well.
             task.close()
-            self.revoke(f"{description}: {error}")
+            self.revoke(f"{description}: {_text(error)}")
             raise
 
     def _look(self, idle_s: float, description: str, call_index: int) -> None:
@@ -132,7 +133,8 @@ class PeerWatch:
         self.check()
         who = f"rank {self._transport.rank}/{self._transport.size}, {description}"
         # Whoever left after this operation has done its part of it, even if that is still under way.
-        missing = {rank: reason for rank, (num_calls, reason) in self._left.items() if num_calls <= call_index}
+        with self._lock:
+            missing = {rank: reason for rank, (num_calls, reason) in self._left.items() if num_calls <= call_index}
         if missing:
             reasons = "; ".join(f"rank {rank} {reason}" for rank, reason in sorted(missing.items()))
             raise RankFailedError(f"{who}: cannot complete without ranks that have left: {reasons}")
@@ -153,3 +155,9 @@ class PeerWatch:
             idle_s,
         )
         return True
+
+
+def _text(error: BaseException) -> str:
+    if isinstance(error, GeneratorExit):
+        return "given up before its end"
+    return str(error) or type(error).__name__

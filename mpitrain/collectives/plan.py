@@ -19,12 +19,16 @@ class Call(NamedTuple):
     Attributes:
         tag: Tag of the run's messages; no other run in flight has it.
         blocking: The caller waits in this very thread, so MPI calls may block.
+        number: How many calls there were on the communicator before; the same on every rank.
         ticket: Place among the calls that use the MPI library's own collectives; -1 if this one does not.
+        staging_ticket: Place among the calls that use the node's staging memory; -1 if this one does not.
     """
 
     tag: int
     blocking: bool
-    ticket: int
+    number: int = 0
+    ticket: int = -1
+    staging_ticket: int = -1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -35,8 +39,10 @@ class Plan(Generic[Result]):
         description: Collective, algorithm, dtype, count and so on; equal on all ranks unless they disagree.
         task: Makes the task of one run.
         uses_native: Whether the task starts a collective of the MPI library.
+        uses_staging: Whether the task uses the node's staging memory.
     """
 
     description: str
     task: Callable[[Call], Task[Result]]
     uses_native: bool = False
+    uses_staging: bool = False

@@ -9,6 +9,10 @@ Why that cannot deadlock: receives are posted in program order and sends to one 
 messages match as in the schedule. Take the messages in any order in which the (deadlock-free)
 schedule can run. The first one that is not done has all its predecessors done, on both of its ends, so it has been
 posted on both, and it will be done.
+
+The memory in which segments wait to be reduced is the one thing besides. A rank that exchanges what it reduces with
+several peers in one round could fill it with segments that wait for its own sends, to peers in the same position;
+so a program says how many such segments there must be room for.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from mpitrain.collectives.layout import Layout
-from mpitrain.schedules import Algorithm, Round
+from mpitrain.schedules import Algorithm, Receive, Round, Send
 
 __all__ = ["Program", "Transfer", "compile_program", "touched_chunks"]
 
@@ -39,7 +43,7 @@ class Transfer(NamedTuple):
     reduce: bool
     array: int
     offset: int
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple's own method, which nobody needs here
     releases: tuple[int, ...]
 
 
@@ -52,6 +56,9 @@ class Program(NamedTuple):
         sends: Indices of the sends, for each peer in program order.
         receives: Indices of the receives, in program order.
         num_rounds: Rounds of the schedule it was made from.
+        num_reduces: How many segments are reduced.
+        largest_reduce_count: Elements of the largest segment that is reduced; 0 if none is.
+        least_slots: How many segments that wait to be reduced there must be room for.
     """
 
     transfers: tuple[Transfer, ...]
@@ -59,16 +66,14 @@ class Program(NamedTuple):
     sends: tuple[tuple[int, ...], ...]
     receives: tuple[int, ...]
     num_rounds: int
+    num_reduces: int
+    largest_reduce_count: int
+    least_slots: int
 
     @property
     def writes(self) -> bool:
         """Whether this rank receives anything."""
         return bool(self.receives)
-
-    @property
-    def largest_reduce_count(self) -> int:
-        """Elements of the largest segment that is reduced; 0 if none is."""
-        return max((self.transfers[index].count for index in self.receives if self.transfers[index].reduce), default=0)
 
 
 class _Piece(NamedTuple):
@@ -77,7 +82,7 @@ class _Piece(NamedTuple):
     reduce: bool
     array: int
     offset: int
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple's own method, which nobody needs here
 
 
 @functools.lru_cache(maxsize=1024)
@@ -104,6 +109,7 @@ def compile_program(
     rounds = list(algorithm.rounds_of(rank, size, root=root, num_segments=num_segments))
     pieces = [piece for a_round in rounds for piece in _pieces(a_round, layout, segment_count)]
     waits, releases = _dependencies(pieces)
+    reduce_counts = [piece.count for piece in pieces if piece.reduce]
     sends: dict[int, list[int]] = defaultdict(list)
     receives: list[int] = []
     for index, piece in enumerate(pieces):
@@ -117,6 +123,9 @@ def compile_program(
         sends=tuple(tuple(queue) for queue in sends.values()),
         receives=tuple(receives),
         num_rounds=len(rounds),
+        num_reduces=len(reduce_counts),
+        largest_reduce_count=max(reduce_counts, default=0),
+        least_slots=max((_least_slots(a_round, layout, segment_count) for a_round in rounds), default=0),
     )
 
 
@@ -125,23 +134,37 @@ def touched_chunks(algorithm: Algorithm, rank: int, size: int, root: int) -> fro
     return frozenset(
         chunk
         for a_round in algorithm.rounds_of(rank, size, root=root)
-        for message in (*a_round.sends, *a_round.receives)
+        for message in _messages(a_round)
         for chunk in range(message.start, message.stop)
     )
 
 
 def _pieces(a_round: Round, layout: Layout, segment_count: int) -> Iterator[_Piece]:
     """Cut the messages of a round into segments, the same way on both of their ends."""
-    messages = [(message, True, False) for message in a_round.sends]
-    messages += [(message, False, message.reduce) for message in a_round.receives]  # type: ignore[misc]
-    for (peer, start, stop, *_), is_send, reduce in messages:
-        if start == stop:  # a bare signal
+    for message in _messages(a_round):
+        peer, is_send = message.peer, isinstance(message, Send)
+        reduce = isinstance(message, Receive) and message.reduce
+        if message.start == message.stop:  # a bare signal
             yield _Piece(peer, is_send, reduce, -1, 0, 0)
             continue
-        array, offset, count = layout.span(start, stop)
+        array, offset, count = layout.span(message.start, message.stop)
         for begin in range(0, count, segment_count):
             length = min(segment_count, count - begin)
             yield _Piece(peer, is_send, reduce, array, offset + begin, length)
+
+
+def _messages(a_round: Round) -> list[Send | Receive]:
+    return [*a_round.sends, *a_round.receives]
+
+
+def _least_slots(a_round: Round, layout: Layout, segment_count: int) -> int:
+    reduces = [receive for receive in a_round.receives if receive.reduce]
+    # From one peer, segments come in the order in which they are waited for, so one slot will do.
+    if len({receive.peer for receive in reduces}) <= 1:
+        return 0
+    if not any(send.start < each.stop and each.start < send.stop for send in a_round.sends for each in reduces):
+        return 0
+    return sum(piece.reduce for piece in _pieces(a_round, layout, segment_count))
 
 
 def _dependencies(pieces: list[_Piece]) -> tuple[list[int], list[list[int]]]:

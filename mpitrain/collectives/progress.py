@@ -24,15 +24,16 @@ Result = TypeVar("Result")
 
 def drive(task: Task[Result], *, spin: bool) -> Result:
     """Run a task to its end in the calling thread."""
-    backoff = Backoff(spin=spin)
+    backoff: Backoff | None = None
     while True:
         try:
             moved = next(task)
         except StopIteration as stop:
             return stop.value  # type: ignore[no-any-return]
         if moved:
-            backoff.reset()
+            backoff = None
         else:
+            backoff = backoff or Backoff(spin=spin)
             backoff.pause()
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mpitrain.memory import SharedBlock
+
 __all__ = ["Bytes", "Request", "Transport"]
 
 Bytes = npt.NDArray[np.uint8]
@@ -76,6 +78,14 @@ class Transport(abc.ABC):
     @abc.abstractmethod
     def node_leader(self) -> int:
         """Return the lowest rank among those that share this rank's node. Every rank must call."""
+
+    @abc.abstractmethod
+    def allocate_shared(self, nbytes: int) -> SharedBlock:
+        """Allocate a block of memory per rank that all ranks map; all must be on one node, and call.
+
+        Raises:
+            CommError: Memory cannot be shared.
+        """
 
     @abc.abstractmethod
     def split(self, color: int | None, key: int) -> Transport | None:

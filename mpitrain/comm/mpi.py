@@ -14,6 +14,7 @@ from mpitrain.comm.mpi_errors import translate, translated_errors
 from mpitrain.comm.mpi_native import NativeCollectives
 from mpitrain.comm.mpi_request import Request
 from mpitrain.errors import CollectiveMismatchError, CommError, UnavailableError
+from mpitrain.memory import SharedBlock, allocate_window
 
 __all__ = ["MPITransport"]
 
@@ -42,6 +43,7 @@ class MPITransport(Transport):
         elif not isinstance(comm, MPI.Comm):
             comm = _of_ranks(comm)
         self._data = _duplicate(comm)
+        # Set-up goes here too: on `_data` it would meet the collectives of operations in flight.
         self._notices = _duplicate(comm)
         self.rank = self._data.Get_rank()
         self.size = self._data.Get_size()
@@ -101,12 +103,16 @@ class MPITransport(Transport):
             self._abandoned.append(request)
 
     def notify(self, dest: int, notice: bytes) -> None:
+        if MPI.Is_finalized():
+            raise CommError(f"notice to rank {dest}: MPI has been finalized")
         with self._outgoing_lock, translated_errors(f"notice to rank {dest}"):
             self._outgoing = [request for request in self._outgoing if not request.Test()]
             self._outgoing.append(self._notices.isend(notice, dest, _NOTICE_TAG))
 
     def notices(self) -> list[tuple[int, bytes]]:
         arrived: list[tuple[int, bytes]] = []
+        if MPI.Is_finalized():
+            return arrived
         status = MPI.Status()
         with translated_errors("notices"):
             while message := self._notices.improbe(MPI.ANY_SOURCE, _NOTICE_TAG, status):
@@ -115,18 +121,22 @@ class MPITransport(Transport):
 
     def gather_everywhere(self, value: Any) -> list[Any]:
         with translated_errors("set-up exchange"):
-            return self._data.allgather(value)
+            return self._notices.allgather(value)
+
+    def allocate_shared(self, nbytes: int) -> SharedBlock:
+        with translated_errors("shared memory"):
+            return allocate_window(self._notices, nbytes)
 
     def node_leader(self) -> int:
         with translated_errors("node discovery"):
-            node = self._data.Split_type(MPI.COMM_TYPE_SHARED, key=self.rank)
+            node = self._notices.Split_type(MPI.COMM_TYPE_SHARED, key=self.rank)
             leader = node.bcast(self.rank, root=0)
             node.Free()
         return int(leader)
 
     def split(self, color: int | None, key: int) -> MPITransport | None:
         with translated_errors("split"):
-            part = self._data.Split(MPI.UNDEFINED if color is None else color, key)
+            part = self._notices.Split(MPI.UNDEFINED if color is None else color, key)
             if part == MPI.COMM_NULL:
                 return None
             transport = MPITransport(part)
@@ -142,19 +152,20 @@ class MPITransport(Transport):
         with translated_errors("free"):
             MPI.Request.Waitall(self._outgoing)
             self._outgoing = []
-            self.native.free()
             self._notices.Free()
             self._data.Free()
 
 
-def _duplicate(comm: MPI.Comm) -> MPI.Comm:
+def _duplicate(comm: MPI.Comm) -> MPI.Intracomm:
+    if not isinstance(comm, MPI.Intracomm):
+        raise TypeError(f"comm: must be an intracommunicator, got {type(comm).__name__}; merge its groups first")
     with translated_errors("duplicate"):
         duplicate = comm.Dup()
     duplicate.Set_errhandler(MPI.ERRORS_RETURN)
     return duplicate
 
 
-def _of_ranks(ranks: Sequence[int]) -> MPI.Comm:
+def _of_ranks(ranks: Sequence[int]) -> MPI.Intracomm:
     world = MPI.COMM_WORLD
     rank, size = world.Get_rank(), world.Get_size()
     if rank not in ranks or len(set(ranks)) != len(ranks) or not set(ranks) <= set(range(size)):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from types import TracebackType
 
 from mpi4py import MPI
 
@@ -21,13 +20,25 @@ _FAILED = {_error_class("ERR_PROC_FAILED"), _error_class("ERR_PROC_FAILED_PENDIN
 _REVOKED = {_error_class("ERR_REVOKED")} - {None}
 
 
-@contextlib.contextmanager
-def translated_errors(subject: str) -> Iterator[None]:
-    """Raise `MPI.Exception` of the body as the error of our tree that fits best."""
-    try:
-        yield
-    except MPI.Exception as error:
-        raise translate(error.Get_error_class(), f"{subject}: {error.Get_error_string()}") from error
+class translated_errors:  # noqa: N801 - used like a function
+    """Raise `MPI.Exception` of the body of a `with` as the error of our tree that fits best.
+
+    Not a generator: that would cost more than a small collective.
+    """
+
+    __slots__ = ("_subject",)
+
+    def __init__(self, subject: str) -> None:
+        self._subject = subject
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, MPI.Exception):
+            raise translate(error.Get_error_class(), f"{self._subject}: {error.Get_error_string()}") from error
 
 
 def translate(error_class: int, text: str) -> CommError | CollectiveMismatchError:

@@ -6,6 +6,7 @@ above what the MPI standard's `int` holds are cut into several calls where the c
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
@@ -54,7 +55,6 @@ class NativeCollectives:
 
     def __init__(self, comm: MPI.Comm) -> None:
         self._comm = comm
-        self._user_ops: dict[tuple[ReduceOp, str], MPI.Op] = {}
 
     def barrier(self, *, blocking: bool) -> list[Request]:
         """Start a barrier."""
@@ -200,10 +200,7 @@ class NativeCollectives:
         if datatype != MPI.DATATYPE_NULL:
             return datatype, (_LOGICAL_OPS if dtype.kind == "bool" else _MPI_OPS)[op]
         # The library does not know the type: give it our own reduction over 16-bit words.
-        key = (op, dtype.name)
-        if key not in self._user_ops:
-            self._user_ops[key] = MPI.Op.Create(_user_function(op, dtype), commute=True)
-        return MPI.UINT16_T, self._user_ops[key]
+        return MPI.UINT16_T, _user_op(op, dtype)
 
     @staticmethod
     def _check_total(name: str, counts: Sequence[int]) -> None:
@@ -212,18 +209,14 @@ class NativeCollectives:
                 f"native {name}: the MPI library counts in 32 bits, got {sum(counts)} elements; name another algorithm"
             )
 
-    def free(self) -> None:
-        """Release the user-defined operations."""
-        for op in self._user_ops.values():
-            op.Free()
-        self._user_ops.clear()
 
-
-def _user_function(op: ReduceOp, dtype: DType) -> Any:
-    def reduce(operand: MPI.buffer, accumulator: MPI.buffer, _datatype: MPI.Datatype) -> None:
+# Operations belong to no communicator, and a process can have only 32 of them (mpi4py 4.1): all communicators share.
+@functools.cache
+def _user_op(op: ReduceOp, dtype: DType) -> MPI.Op:
+    def reduce(operand: Any, accumulator: Any, _datatype: MPI.Datatype) -> None:
         reduce_into(np.frombuffer(accumulator, dtype.storage), np.frombuffer(operand, dtype.storage), op, dtype)
 
-    return reduce
+    return MPI.Op.Create(reduce, commute=True)
 
 
 def _carrier(dtype: DType) -> MPI.Datatype:

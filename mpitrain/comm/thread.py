@@ -12,12 +12,18 @@ import time
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
+import numpy as np
+
 from mpitrain.comm.base import Bytes, Transport
 from mpitrain.errors import CollectiveMismatchError, CommError, CommTimeoutError
+from mpitrain.memory import SharedBlock
 
 __all__ = ["ThreadTransport", "ThreadWorld", "run_ranks"]
 
 Result = TypeVar("Result")
+
+# Time for the other ranks to end by themselves after one has failed.
+_PATIENCE_S = 5.0
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -47,6 +53,7 @@ class ThreadWorld:
         self.sends: dict[Hashable, collections.deque[_Message]] = collections.defaultdict(collections.deque)
         self.notices: dict[Hashable, collections.deque[tuple[int, bytes]]] = collections.defaultdict(collections.deque)
         self.values: dict[Hashable, dict[int, Any]] = collections.defaultdict(dict)
+        self.taken: dict[Hashable, int] = {}
 
     def close(self) -> None:
         """Wake up everybody who still waits, with an error."""
@@ -74,8 +81,7 @@ class ThreadTransport(Transport):
         world = self.world
         key = (self._context, self.rank, dest, tag)
         with world.changed:
-            if waiting := world.receives.get(key):
-                receive = waiting.popleft()
+            if receive := _take(world.receives, key):
                 _deliver(buffer, receive)
                 return _Message(buffer, done=True)
             message = _Message(buffer if world.rendezvous else buffer.copy())
@@ -87,8 +93,7 @@ class ThreadTransport(Transport):
         key = (self._context, source, self.rank, tag)
         with world.changed:
             receive = _Message(buffer)
-            if arrived := world.sends.get(key):
-                message = arrived.popleft()
+            if message := _take(world.sends, key):
                 _deliver(message.buffer, receive)
                 message.done = True
             else:
@@ -108,10 +113,12 @@ class ThreadTransport(Transport):
     def abandon(self, requests: list[_Message]) -> None:
         with self.world.changed:
             for queues in (self.world.receives, self.world.sends):
-                for queue in queues.values():
-                    for request in requests:
-                        if request in queue:
-                            queue.remove(request)
+                for key, queue in list(queues.items()):
+                    kept = collections.deque(each for each in queue if each not in requests)
+                    if kept:
+                        queues[key] = kept
+                    else:
+                        del queues[key]
 
     def notify(self, dest: int, notice: bytes) -> None:
         with self.world.changed:
@@ -137,7 +144,16 @@ class ThreadTransport(Transport):
             world.changed.wait_for(lambda: len(values) == self.size or world.closed)
             if len(values) < self.size:
                 raise CommError(f"rank {self.rank}/{self.size}: the in-process job has ended; a rank is missing")
-            return [values[rank] for rank in range(self.size)]
+            answer = [values[rank] for rank in range(self.size)]
+            # Taken by all: the last one clears up.
+            taken = world.taken[key] = world.taken.get(key, 0) + 1
+            if taken == self.size:
+                del world.values[key], world.taken[key]
+            return answer
+
+    def allocate_shared(self, nbytes: int) -> SharedBlock:
+        views = self.gather_everywhere(np.zeros(nbytes, np.uint8))
+        return SharedBlock(views, fence=_nothing, free=_nothing)
 
     def node_leader(self) -> int:
         node = self.members[self.rank] // self.world.ranks_per_node
@@ -159,6 +175,21 @@ class ThreadTransport(Transport):
 
     def free(self) -> None:
         """Nothing to release: the world's memory goes with the world."""
+
+
+def _take(queues: dict[Hashable, collections.deque[_Message]], key: Hashable) -> _Message | None:
+    queue = queues.get(key)
+    if queue is None:
+        return None
+    message = queue.popleft()
+    if not queue:
+        # Tags go up with every operation, so empty queues would pile up.
+        del queues[key]
+    return message
+
+
+def _nothing() -> None:
+    """Threads of one interpreter see each other's stores in order, and its memory needs no giving back."""
 
 
 def _deliver(data: Bytes, receive: _Message) -> None:
@@ -189,25 +220,30 @@ def run_ranks(
     world = ThreadWorld(size, ranks_per_node=ranks_per_node, rendezvous=rendezvous)
     results: list[Any] = [None] * size
     failures: list[tuple[int, BaseException]] = []
+    unfinished = set(range(size))
+    ended = threading.Semaphore(0)
 
     def run(rank: int) -> None:
         try:
             results[rank] = function(ThreadTransport(world, tuple(range(size)), rank))
         except BaseException as error:
             failures.append((rank, error))
+        finally:
+            unfinished.discard(rank)
+            ended.release()
 
     threads = [threading.Thread(target=run, args=(rank,), name=f"rank {rank}", daemon=True) for rank in range(size)]
     for thread in threads:
         thread.start()
     deadline_s = time.monotonic() + timeout_s
-    for thread in threads:
-        thread.join(max(0.0, deadline_s - time.monotonic()))
-        if failures:
+    has_failed = False
+    for _ in threads:
+        ended.acquire(timeout=max(0.0, deadline_s - time.monotonic()))
+        if failures and not has_failed:
             # Others may wait for the failed rank: let them notice by themselves, then end them.
-            for other in threads:
-                other.join(5.0 if other.is_alive() else 0.0)
-            break
-    late = [rank for rank, thread in enumerate(threads) if thread.is_alive()]
+            has_failed = True
+            deadline_s = min(deadline_s, time.monotonic() + _PATIENCE_S)
+    late = sorted(unfinished)
     world.close()
     if failures:
         raise failures[0][1]

@@ -6,6 +6,7 @@ from mpitrain.memory.arrays import FlatArray, allocate_like, copy_of, flat_view
 from mpitrain.memory.dtypes import DTYPES, DType, as_dtype, dtype_named, dtype_of_numpy, dtype_of_torch
 from mpitrain.memory.reduction import ReduceOp, check_op, divide_by, parse_op, reduce_into, scale
 from mpitrain.memory.scratch import ScratchPool
+from mpitrain.memory.shared import SharedArray, SharedBlock, allocate_window, free_shared_nbytes
 
 __all__ = [
     "DTYPES",
@@ -13,7 +14,10 @@ __all__ = [
     "FlatArray",
     "ReduceOp",
     "ScratchPool",
+    "SharedArray",
+    "SharedBlock",
     "allocate_like",
+    "allocate_window",
     "as_dtype",
     "check_op",
     "copy_of",
@@ -22,6 +26,7 @@ __all__ = [
     "dtype_of_numpy",
     "dtype_of_torch",
     "flat_view",
+    "free_shared_nbytes",
     "parse_op",
     "reduce_into",
     "scale",

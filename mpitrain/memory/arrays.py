@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from mpitrain.memory import device as device_arrays
 from mpitrain.memory.dtypes import DType, dtype_of_numpy, dtype_of_torch
+from mpitrain.memory.shared import SharedArray
 from mpitrain.memory.loaded import TorchModule, loaded_torch
 
 __all__ = ["FlatArray", "allocate_like", "copy_of", "flat_view"]
@@ -67,7 +68,7 @@ def flat_view(array: object, *, name: str = "array", writable: bool = False) -> 
 
     Args:
         array: `numpy.ndarray`, NumPy scalar (read only), torch tensor (also one that requires grad: the
-            view is outside autograd), CuPy array, `FlatArray` (returned as it is), or an object with `__array_interface__` or
+            view is outside autograd), CuPy array, `FlatArray` (returned as it is), `SharedArray`, or an object with `__array_interface__` or
             `__cuda_array_interface__`. Row-major contiguous; any shape, including `()` and empty.
         name: What messages call it.
         writable: Whether the view will be written to.
@@ -81,6 +82,8 @@ def flat_view(array: object, *, name: str = "array", writable: bool = False) -> 
         return _view_numpy(array, array, name, writable)
     if isinstance(array, FlatArray):
         return array
+    if isinstance(array, SharedArray):
+        return FlatArray(array.flat, array.dtype, array.shape, "cpu", array)
     torch = loaded_torch()
     if torch is not None and isinstance(array, torch.Tensor):
         return _view_torch(array, torch, name, writable)

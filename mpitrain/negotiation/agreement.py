@@ -39,64 +39,55 @@ def find_mismatch(announcements: Mapping[int, Announcement]) -> str:
 
 
 def _first_problem(announcements: Sequence[Announcement]) -> str:
-    collectives = _distinct(announcements, lambda announcement: announcement.collective)
+    collectives = _distinct(announcements, lambda each: each.collective)
     if len(collectives) > 1:
         first, second = (_WORDS[collective] for collective in collectives[:2])
         return f"Mismatched operations: One rank did an {first}, but another rank did an {second}."
     word = _WORDS[announcements[0].collective]
-    checks: list[tuple[Callable[[Announcement], object], Callable[[object, object], str]]] = [
+    # What must be equal, as messages write it, and what a message says of two that are not.
+    checks: list[tuple[Callable[[Announcement], str], str]] = [
         (
-            lambda announcement: len(announcement.tensors),
-            lambda a, b: f"Mismatched group sizes: One rank sent {a} tensors, but another rank sent {b} tensors.",
+            lambda each: str(len(each.tensors)),
+            "Mismatched group sizes: One rank sent {} tensors, but another rank sent {} tensors.",
         ),
         (
-            lambda announcement: [tensor.dtype for tensor in announcement.tensors],
-            lambda a, b: f"Mismatched data types: One rank had type {_listed(a)}, but another rank had type {_listed(b)}.",
+            lambda each: ", ".join(tensor.dtype for tensor in each.tensors),
+            "Mismatched data types: One rank had type {}, but another rank had type {}.",
         ),
         (
             _shapes_to_agree,
-            lambda a, b: f"Mismatched {word} tensor shapes: One rank sent a tensor of shape {_listed(a)}, "
-            f"but another rank sent a tensor of shape {_listed(b)}.",
+            f"Mismatched {word} tensor shapes: One rank sent a tensor of shape {{}}, "
+            "but another rank sent a tensor of shape {}.",
         ),
         (
-            lambda announcement: announcement.op,
-            lambda a, b: f"Mismatched reduction operation: One rank specified {a}, but another rank specified {b}.",
+            lambda each: each.op,
+            "Mismatched reduction operation: One rank specified {}, but another rank specified {}.",
         ),
         (
-            lambda announcement: announcement.root,
-            lambda a, b: f"Mismatched {word} root ranks: One rank specified root rank {a}, "
-            f"but another rank specified root rank {b}.",
+            lambda each: str(each.root),
+            f"Mismatched {word} root ranks: One rank specified root rank {{}}, "
+            "but another rank specified root rank {}.",
         ),
         (
-            lambda announcement: (announcement.prescale, announcement.postscale),
-            lambda a, b: f"Mismatched prescale and/or postscale factors: One rank has factors {a}, "
-            f"but another rank has factors {b}.",
+            lambda each: f"({each.prescale!r}, {each.postscale!r})",
+            "Mismatched prescale and/or postscale factors: One rank has factors {}, "
+            "but another rank has factors {}.",
         ),
     ]
-    for key, message in checks:
-        values = _distinct(announcements, key)
+    for write, message in checks:
+        values = _distinct(announcements, write)
         if len(values) > 1:
-            return message(values[0], values[1])
+            return message.format(*values[:2])
     return ""
 
 
-def _shapes_to_agree(announcement: Announcement) -> list[list[object]]:
-    skipped = 1 if announcement.collective in _RAGGED else 0
+def _shapes_to_agree(announcement: Announcement) -> str:
+    if announcement.collective not in _RAGGED:
+        return ", ".join(str(list(tensor.shape)) for tensor in announcement.tensors)
     # A mark stands for the first dimension, so that numbers of dimensions are compared all the same.
-    return [["*"] * skipped + list(tensor.shape[skipped:]) for tensor in announcement.tensors]
+    shapes = [["*", *map(str, tensor.shape[1:])] for tensor in announcement.tensors]
+    return ", ".join(f"[{', '.join(shape)}]" for shape in shapes)
 
 
-def _distinct(
-    announcements: Sequence[Announcement], key: Callable[[Announcement], object]
-) -> list[object]:
-    values: list[object] = []
-    for announcement in announcements:
-        value = key(announcement)
-        if value not in values:
-            values.append(value)
-    return values
-
-
-def _listed(value: object) -> str:
-    """Write a list of one as its element: most operations have one tensor."""
-    return str(value[0] if isinstance(value, list) and len(value) == 1 else value)
+def _distinct(announcements: Sequence[Announcement], write: Callable[[Announcement], str]) -> list[str]:
+    return list(dict.fromkeys(write(each) for each in announcements))

@@ -64,10 +64,10 @@ class Decision(NamedTuple):
     Attributes:
         names: Operations to run now, fused into one if there are several.
         error: Instead of running them: why they fail, the same on every rank.
-        reason: Kind of the error: "mismatch", "left" or "timeout".
+        reason: Kind of the error: "mismatch", "left", "timeout" or "broken".
         rows: For an all-gather, the first dimension of each rank's array, for each tensor.
         splits: For an all-to-all, the rows that each rank sends to each rank.
-        closed: No further decision will come, because of this.
+        closed: No further decision will come, because of this; nothing undecided, now or later, can complete.
     """
 
     names: tuple[str, ...]

@@ -50,6 +50,8 @@ class Coordinator:
 
     def decide(self) -> list[Decision]:
         """Take what is ready, and what can never be, as decisions for all ranks."""
+        if self._left:
+            return self._end()
         decisions: list[Decision] = []
         ready: list[Announcement] = []
         for name in self._complete:
@@ -62,18 +64,31 @@ class Coordinator:
             else:
                 decisions.append(_alone(announcements))
         self._complete = []
-        decisions += self._fuse(ready)
-        decisions += self._give_up()
-        return decisions
+        return decisions + self._fuse(ready)
+
+    def _end(self) -> list[Decision]:
+        """Close everything, as every operation needs every rank.
+
+        Also what is complete by now: who left does not wait for it any more. To end only what waits by now would leave a
+        rank that starts a moment later waiting for a decision, if nobody looks for announcements any more.
+        """
+        reasons = [f"rank {rank} {reason}" for rank, reason in self._left.items()]
+        self._left = {}
+        self._pending = {}
+        self._complete = []
+        return [Decision((), reason="left", closed="; ".join(reasons))]
 
     def overdue(self, limit_s: float, now_s: float) -> list[Decision]:
-        """Return decisions that end what has been incomplete for longer than `limit_s`."""
-        names = [name for name, pending in self._pending.items() if now_s - pending.since_s > limit_s]
-        return [
-            Decision((name,), f"{name}: not started by {missing} within {limit_s:g} s", "timeout")
-            for name in names
-            for missing in [self._missing(self._pending.pop(name))]
+        """Return the decision that ends everything, if an operation has been incomplete for longer than `limit_s`.
+
+        No rank may go on after that: one that is late would meet an operation that the others have given up.
+        """
+        reasons = [
+            f"{name} was not started by {self._missing(pending)} within {limit_s:g} s"
+            for name, pending in self._pending.items()
+            if now_s - pending.since_s > limit_s
         ]
+        return [Decision((), reason="timeout", closed="; ".join(reasons))] if reasons else []
 
     def stalled(self, limit_s: float, now_s: float) -> list[str]:
         """Return a line, once, for each operation that has been incomplete for longer than `limit_s`."""
@@ -81,23 +96,13 @@ class Coordinator:
         for name, pending in self._pending.items():
             if now_s - pending.since_s > limit_s and not pending.warned:
                 pending.warned = True
-                lines.append(f"{name}: waits since {now_s - pending.since_s:.0f} s for {self._missing(pending)}")
+                lines.append(
+                    f"{name}: waits since {now_s - pending.since_s:.0f} s for {self._missing(pending)}"
+                )
         return lines
 
     def _missing(self, pending: _Pending) -> str:
         return f"ranks {[rank for rank in range(self._size) if rank not in pending.announcements]}"
-
-    def _give_up(self) -> list[Decision]:
-        """End what waits for a rank that has left."""
-        decisions = []
-        for name, pending in list(self._pending.items()):
-            reasons = [
-                f"rank {rank} {reason}" for rank, reason in self._left.items() if rank not in pending.announcements
-            ]
-            if reasons:
-                del self._pending[name]
-                decisions.append(Decision((name,), f"{name}: cannot complete: {'; '.join(reasons)}", "left"))
-        return decisions
 
     def _fuse(self, ready: list[Announcement]) -> list[Decision]:
         """Join all-reduces that may share one buffer, in the order in which they became ready."""

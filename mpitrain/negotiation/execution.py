@@ -10,8 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpitrain.collectives import Communicator, Handle, Task
-from mpitrain.memory import FlatArray, allocate_like, copy_of, divide_by, flat_view, parse_op, scale
-from mpitrain.memory import ReduceOp as Op
+from mpitrain.memory import (
+    FlatArray,
+    allocate_like,
+    check_op,
+    copy_of,
+    divide_by,
+    flat_view,
+    parse_op,
+    scale,
+)
 from mpitrain.negotiation.announcement import Announcement, Decision
 
 __all__ = ["Entry", "Results", "run_decision"]
@@ -29,12 +37,14 @@ class Entry:
         in_place: Results replace the inputs (all-reduce and broadcast).
         handle: Gets the list of results; for an all-to-all each is a pair with the received splits.
             Whoever runs the operation resolves it.
+        since_s: When it was started, by the monotonic clock.
     """
 
     announcement: Announcement
     arrays: list[Any]
     in_place: bool
     handle: Handle[Results]
+    since_s: float
 
 
 def run_decision(comm: Communicator, decision: Decision, entries: Sequence[Entry]) -> Task[list[Results]]:
@@ -84,48 +94,49 @@ def _run_reduce_scatter(comm: Communicator, entry: Entry) -> Task[list[Results]]
     announcement = entry.announcement
     parts = []
     for array in entry.arrays:
+        check_op(parse_op(announcement.op), flat_view(array).dtype)
         scaled = array
         if announcement.prescale != 1.0:
             scaled = copy_of(array)
             view = flat_view(scaled)
             scale(view.data, announcement.prescale, view.dtype)
-        parts.append(comm.reduce_scatter_async(scaled, op=announcement.op))
-    return _finish_reduce_scatter(entry, parts)
+        parts.append(comm.reduce_scatter_async(scaled, op=_op_of_sum(announcement)))
+    return _finish_reduce_scatter(comm, announcement, parts)
 
 
-def _finish_reduce_scatter(entry: Entry, parts: Sequence[Handle[Any]]) -> Task[list[Results]]:
+def _finish_reduce_scatter(
+    comm: Communicator, announcement: Announcement, parts: Sequence[Handle[Any]]
+) -> Task[list[Results]]:
     results = yield from _all(parts)
     for result in results:
-        view = flat_view(result)
-        scale(view.data, entry.announcement.postscale, view.dtype)
+        _scale_result(flat_view(result), announcement, comm.size)
     return [results]
 
 
 def _run_allreduce(comm: Communicator, entries: Sequence[Entry]) -> Task[list[Results]]:
     """All-reduce every array of every entry; those of one dtype share one buffer."""
-    results = [
-        [array if entry.in_place else allocate_like(array, array.shape) for array in entry.arrays] for entry in entries
-    ]
-    inputs = [flat_view(array) for entry in entries for array in entry.arrays]
-    outputs = [flat_view(result, writable=True) for part in results for result in part]
     announcement = entries[0].announcement
+    inputs = [flat_view(array) for entry in entries for array in entry.arrays]
     by_dtype: dict[str, list[int]] = {}
     for index, view in enumerate(inputs):
+        # Before anything is started or changed: what has no meaning has none on any rank.
+        check_op(parse_op(announcement.op), view.dtype)
         by_dtype.setdefault(view.dtype.name, []).append(index)
+    results = [
+        [array if entry.in_place else allocate_like(array, array.shape) for array in entry.arrays]
+        for entry in entries
+    ]
+    outputs = [flat_view(result, writable=True) for part in results for result in part]
     parts = []
     buffers = []
     for indices in by_dtype.values():
         sources, targets = [inputs[index] for index in indices], [outputs[index] for index in indices]
         buffer = _pack(sources, targets)
-        scale(buffer.data, announcement.prescale, buffer.dtype)
-        parts.append(_start_sum(comm, buffer, parse_op(announcement.op)))
+        if announcement.prescale != 1.0:
+            scale(buffer.data, announcement.prescale, buffer.dtype)
+        parts.append(comm.allreduce_async_(buffer, op=_op_of_sum(announcement)))
         buffers.append((buffer, targets))
     return _finish_allreduce(comm, announcement, results, parts, buffers)
-
-
-def _start_sum(comm: Communicator, buffer: FlatArray, op: Op) -> Handle[Any]:
-    # Average is divided below, together with the scaling.
-    return comm.allreduce_async_(buffer, op=Op.SUM if op is Op.AVERAGE else op)
 
 
 def _finish_allreduce(
@@ -137,11 +148,24 @@ def _finish_allreduce(
 ) -> Task[list[Results]]:
     yield from _all(parts)
     for buffer, targets in buffers:
-        if announcement.op == "average":
-            divide_by(buffer.data, comm.size, buffer.dtype)
-        scale(buffer.data, announcement.postscale, buffer.dtype)
+        _scale_result(buffer, announcement, comm.size)
         _unpack(buffer, targets)
     return results
+
+
+def _op_of_sum(announcement: Announcement) -> str:
+    """Return the reduction to run: an average is a sum that is divided afterwards, together with the scaling."""
+    return "sum" if announcement.op == "average" else announcement.op
+
+
+def _scale_result(view: FlatArray, announcement: Announcement, size: int) -> None:
+    """Divide an average and apply the factor for results, in one step: integers are truncated once."""
+    if announcement.op == "average" and announcement.postscale == 1.0:
+        divide_by(view.data, size, view.dtype)
+    elif announcement.op == "average":
+        scale(view.data, announcement.postscale / size, view.dtype)
+    elif announcement.postscale != 1.0:
+        scale(view.data, announcement.postscale, view.dtype)
 
 
 def _pack(sources: list[FlatArray], targets: list[FlatArray]) -> FlatArray:

@@ -7,6 +7,7 @@ for as long as an operation of this rank is undecided. A rank with none sends an
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import pickle
@@ -16,7 +17,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from mpitrain.collectives import Communicator, Handle, Task
-from mpitrain.errors import CollectiveError, CollectiveMismatchError, CommTimeoutError, RankFailedError
+from mpitrain.errors import (
+    CollectiveError,
+    CollectiveMismatchError,
+    CommError,
+    CommTimeoutError,
+    MpitrainError,
+    RankFailedError,
+)
 from mpitrain.memory import DTYPES, copy_of, flat_view
 from mpitrain.negotiation.announcement import Announcement, Decision, Tensor
 from mpitrain.negotiation.coordinator import Coordinator
@@ -28,7 +36,14 @@ _log = logging.getLogger("mpitrain")
 
 _COORDINATOR = 0
 _WATCH_INTERVAL_S = 0.25
-_ERRORS = {"mismatch": CollectiveMismatchError, "left": RankFailedError, "timeout": CommTimeoutError}
+# Rank 0 knows who is missing, so the others leave it a moment to say so before they give up by themselves.
+_GRACE_S = 2.0
+_ERRORS: dict[str, type[MpitrainError]] = {
+    "mismatch": CollectiveMismatchError,
+    "left": RankFailedError,
+    "timeout": CommTimeoutError,
+    "broken": CommError,
+}
 
 
 class Negotiator:
@@ -36,9 +51,16 @@ class Negotiator:
 
     Args:
         comm: The group. Its collectives and its messages are duplicated, so every rank must call.
+
+    Attributes:
+        group: The communicator that was given. Its operations are never used here: they belong to the threads that
+            set something up for the group, in the order of their calls.
+        comm: The duplicate that the named operations run on, in the order of decisions.
+        settings: Of the group.
     """
 
     def __init__(self, comm: Communicator) -> None:
+        self.group = comm
         self.comm = comm.duplicate(comm.settings.replace(check=False))
         self.settings = comm.settings
         self._control = comm.transport.duplicate()
@@ -47,15 +69,15 @@ class Negotiator:
             itemsizes = {name: dtype.itemsize for name, dtype in DTYPES.items()}
             self._coordinator = Coordinator(comm.size, comm.settings.fusion_nbytes, itemsizes)
         self._lock = threading.Lock()
-        self._entries: dict[str, Entry] = {}
-        self._undecided: set[str] = set()
+        # Guards what the threads that start operations and the one that serves share: all of the next lines.
+        self._names: set[str] = set()
+        self._undecided: dict[str, Entry] = {}
         self._is_serving = False
-        self._closed = ""
-        self._unnamed = itertools.count()
-        comm.before_leaving(self.leave)
-        # Rank 0's announcements to itself, and decisions to itself.
+        self._closing: Decision | None = None
         self._own_announcements: list[Announcement] = []
+        self._unnamed = itertools.count()
         self._next_watch_s = 0.0
+        comm.before_leaving(self.leave)
 
     def start(
         self,
@@ -98,18 +120,19 @@ class Negotiator:
             tensors = tuple(Tensor(tensor.dtype, tensor.shape or (1,)) for tensor in tensors)
         announcement = Announcement(name, collective, tensors, op, root, prescale, postscale, tuple(splits))
         handle = self.comm.engine.promise(f"{collective} {name}")
+        entry = Entry(announcement, list(arrays), in_place, handle, time.monotonic())
         with self._lock:
-            if self._closed:
-                handle.reject(RankFailedError(f"{name}: cannot complete: {self._closed}"))
+            if self._closing is not None:
+                handle.reject(_error_of_closing(name, self._closing))
                 return handle
-            if name in self._entries:
+            if name in self._names:
                 raise ValueError(
-                    "Requested to allreduce, allgather, or broadcast a tensor with the same name as another tensor "
-                    f"that is currently being processed: {name!r}; wait for that one, or pass another name"
+                    "Requested to allreduce, allgather, or broadcast a tensor with the same name as another "
+                    f"tensor that is currently being processed: {name!r}; wait for that one, or pass another name"
                 )
-            self._entries[name] = Entry(announcement, list(arrays), in_place, handle)
-            self._undecided.add(name)
             self._announce(announcement)
+            self._names.add(name)
+            self._undecided[name] = entry
             must_serve = not self._is_serving
             self._is_serving = True
         if must_serve:
@@ -124,15 +147,12 @@ class Negotiator:
         return f"noname.{next(self._unnamed)}"
 
     def leave(self, reason: str) -> None:
-        """Tell the others that this rank takes part in no further operation, so that none waits for it in vain."""
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = f"this rank {reason}"
-        if self._coordinator is not None:
-            self._broadcast([Decision((), closed=f"rank {self.comm.rank} {reason}")])
-        else:
-            self._control.notify(_COORDINATOR, pickle.dumps(reason))
+        """End here: this rank takes part in no further operation. The others are told, so that none waits in vain."""
+        is_first = self._close(Decision((), reason="left", closed=f"this rank {reason}"))
+        if is_first:
+            # Whoever cannot be told learns it from the transport.
+            with contextlib.suppress(CommError):
+                self._tell_of_leaving(reason)
         self.comm.leave(reason)
 
     def free(self) -> None:
@@ -148,6 +168,12 @@ class Negotiator:
         else:
             self._control.notify(_COORDINATOR, pickle.dumps(announcement))
 
+    def _tell_of_leaving(self, reason: str) -> None:
+        if self._coordinator is not None:
+            self._broadcast([Decision((), reason="left", closed=f"rank {self.comm.rank} {reason}")])
+        else:
+            self._control.notify(_COORDINATOR, pickle.dumps(reason))
+
     def _broadcast(self, decisions: list[Decision]) -> None:
         data = pickle.dumps(decisions)
         for rank in range(self.comm.size):
@@ -157,13 +183,21 @@ class Negotiator:
     # What the engine advances
 
     def _serve(self) -> Task[None]:
-        while True:
-            moved = self._coordinate() if self._coordinator is not None else self._obey()
-            with self._lock:
-                if not self._undecided:
-                    self._is_serving = False
-                    return
-            yield moved
+        try:
+            while True:
+                moved = self._coordinate() if self._coordinator is not None else self._obey()
+                with self._lock:
+                    if not self._undecided:
+                        self._is_serving = False
+                        return
+                yield moved
+        except (Exception, KeyboardInterrupt) as error:
+            # Nobody else would decide: without this, whoever waits here or elsewhere would wait for ever.
+            reason = f"has failed with {type(error).__name__}: {error}"
+            self._close(Decision((), reason="broken", closed=f"this rank {reason}"))
+            with contextlib.suppress(CommError):
+                self._tell_of_leaving(reason)
+            raise
 
     def _coordinate(self) -> bool:
         assert self._coordinator is not None
@@ -189,7 +223,7 @@ class Negotiator:
         return bool(decisions)
 
     def _watch(self, now_s: float) -> list[Decision]:
-        """Warn of operations that some ranks do not start, and end those that are overdue."""
+        """Warn of operations that some ranks do not start, and end everything if one is overdue."""
         assert self._coordinator is not None
         if now_s < self._next_watch_s:
             return []
@@ -205,24 +239,44 @@ class Negotiator:
         notices = self._control.notices()
         for _, data in notices:
             self._carry_out(pickle.loads(data))
+        if not notices and self.settings.timeout_s:
+            self._watch_coordinator(time.monotonic())
         return bool(notices)
+
+    def _watch_coordinator(self, now_s: float) -> None:
+        """Give up if rank 0 itself starts nothing, and so decides nothing."""
+        if now_s < self._next_watch_s:
+            return
+        self._next_watch_s = now_s + _WATCH_INTERVAL_S
+        limit_s = self.settings.timeout_s + _GRACE_S
+        with self._lock:
+            overdue = [name for name, entry in self._undecided.items() if now_s - entry.since_s > limit_s]
+        if overdue:
+            reason = f"{overdue[0]} was not decided by rank {_COORDINATOR} within {limit_s:g} s"
+            self._close(Decision((), reason="timeout", closed=reason))
+            self._tell_of_leaving(f"has given up: {reason}")
 
     def _carry_out(self, decisions: list[Decision]) -> None:
         for decision in decisions:
             if decision.closed:
-                self._close(decision.closed)
+                self._close(decision)
                 continue
-            entries = [self._entries[name] for name in decision.names if name in self._entries]
             with self._lock:
-                self._undecided.difference_update(decision.names)
+                entries = [self._undecided.pop(name) for name in decision.names if name in self._undecided]
             if not entries:
-                continue  # an error of what this rank never started
+                continue  # an error of what this rank never started, or has given up
             if decision.error:
                 self._fail(entries, _ERRORS[decision.reason](decision.error))
                 continue
             try:
                 task = run_decision(self.comm, decision, entries)
-            except Exception as error:
+            except (ValueError, TypeError) as error:
+                # It has no meaning on any rank: all fail alike, and nothing was started.
+                self._fail(entries, error)
+                continue
+            except (Exception, KeyboardInterrupt) as error:
+                # The others may have started what this rank could not: their collectives match no longer.
+                self.comm.revoke(f"{decision.names[0]}: {type(error).__name__}: {error}")
                 self._fail(entries, _as_collective_error(error))
                 continue
             self.comm.engine.start(self._finish(task, entries), ", ".join(decision.names))
@@ -230,30 +284,33 @@ class Negotiator:
     def _finish(self, task: Task[list[Results]], entries: list[Entry]) -> Task[None]:
         try:
             results = yield from task
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             self._fail(entries, _as_collective_error(error))
             return
         self._forget(entries)
         for entry, result in zip(entries, results, strict=True):
             entry.handle.resolve(result)
 
-    def _fail(self, entries: list[Entry], error: Exception) -> None:
+    def _fail(self, entries: Sequence[Entry], error: BaseException) -> None:
         self._forget(entries)
         for entry in entries:
             entry.handle.reject(error)
 
-    def _forget(self, entries: list[Entry]) -> None:
+    def _forget(self, entries: Sequence[Entry]) -> None:
         """Free the names; before the handles are done, so that whoever waits for one may use its name again."""
         with self._lock:
-            for entry in entries:
-                del self._entries[entry.announcement.name]
+            self._names.difference_update(entry.announcement.name for entry in entries)
 
-    def _close(self, reason: str) -> None:
+    def _close(self, closing: Decision) -> bool:
+        """End what is undecided, and all that will be started; whether that was not done before."""
         with self._lock:
-            self._closed = self._closed or reason
-            entries = [self._entries[name] for name in self._undecided]
+            is_first = self._closing is None
+            self._closing = self._closing or closing
+            entries = list(self._undecided.values())
             self._undecided.clear()
-        self._fail(entries, RankFailedError(f"named operations: cannot complete: {reason}"))
+        for entry in entries:
+            self._fail([entry], _error_of_closing(entry.announcement.name, closing))
+        return is_first
 
 
 def _contiguous(array: Any) -> Any:
@@ -261,5 +318,10 @@ def _contiguous(array: Any) -> Any:
     return array if is_contiguous else copy_of(array)
 
 
-def _as_collective_error(error: Exception) -> Exception:
-    return error if isinstance(error, (CollectiveError, ValueError, TypeError)) else CollectiveError(str(error))
+def _error_of_closing(name: str, closing: Decision) -> MpitrainError:
+    return _ERRORS[closing.reason](f"{name}: cannot complete: {closing.closed}")
+
+
+def _as_collective_error(error: BaseException) -> BaseException:
+    is_fit = isinstance(error, (CollectiveError, ValueError, TypeError, KeyboardInterrupt))
+    return error if is_fit else CollectiveError(f"{type(error).__name__}: {error}")

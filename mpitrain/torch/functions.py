@@ -57,8 +57,11 @@ def broadcast_tensors(tensors: list[Tensor], root_rank: int, name: str, process_
     handle = negotiator_of(process_set, "broadcast").start(
         f"broadcast.{name}", "broadcast", buffers, root=root, in_place=True
     )
-    changed = [(target, buffer) for target, buffer in zip(targets, buffers, strict=True) if target is not buffer]
+    changed = [
+        (target, buffer) for target, buffer in zip(targets, buffers, strict=True) if target is not buffer
+    ]
     handle.wait()
+    torch.autograd.graph.increment_version(targets)
     with torch.no_grad():
         for target, buffer in changed:
             target.copy_(buffer)
@@ -87,7 +90,9 @@ def broadcast_object(
     content = problem.encode() if problem else data
     header = torch.tensor([len(content), bool(problem)], dtype=torch.int64)
     length, has_failed = broadcast(header, root_rank, _part(name, "size"), process_set).tolist()
-    payload = torch.frombuffer(bytearray(content), dtype=torch.uint8) if is_root and content else _bytes(length)
+    payload = (
+        torch.frombuffer(bytearray(content), dtype=torch.uint8) if is_root and content else _bytes(length)
+    )
     payload = broadcast(payload, root_rank, _part(name, "bytes"), process_set)
     received = payload.numpy().tobytes()
     if has_failed:
@@ -95,7 +100,9 @@ def broadcast_object(
     return obj if is_root else pickle.loads(received)
 
 
-def allgather_object(obj: Any, name: str | None = None, process_set: ProcessSet = global_process_set) -> list[Any]:
+def allgather_object(
+    obj: Any, name: str | None = None, process_set: ProcessSet = global_process_set
+) -> list[Any]:
     """Return the objects of all ranks, in rank order.
 
     Ranks of one job trust each other: unpickling runs code that a peer chooses.

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mpitrain.memory import ReduceOp
+from mpitrain.memory import ReduceOp, parse_op
 from mpitrain.torch.compression import Compression, Compressor
 from mpitrain.torch.handles import register, synchronize
 from mpitrain.torch.world import ProcessSet, global_process_set, negotiator_of
@@ -81,7 +81,9 @@ def allreduce_async_(
 ) -> int:
     """Start an `allreduce_`; returns a handle. The tensor must be left alone until it is synchronized."""
     reduction = _reduction(average, op)
-    return _start_allreduce([tensor], name, reduction, prescale_factor, postscale_factor, process_set, _first, True)
+    return _start_allreduce(
+        [tensor], name, reduction, prescale_factor, postscale_factor, process_set, _first, True
+    )
 
 
 def allreduce(
@@ -158,7 +160,9 @@ def grouped_allreduce_async_(
 ) -> int:
     """Start a `grouped_allreduce_`; returns one handle."""
     reduction = _reduction(average, op)
-    return _start_allreduce(tensors, name, reduction, prescale_factor, postscale_factor, process_set, list, True)
+    return _start_allreduce(
+        tensors, name, reduction, prescale_factor, postscale_factor, process_set, list, True
+    )
 
 
 def grouped_allreduce(
@@ -172,11 +176,14 @@ def grouped_allreduce(
     process_set: ProcessSet = global_process_set,
 ) -> list[Tensor]:
     """Reduce several tensors together, all or none; see `allreduce`."""
-    compressed, contexts = zip(*(compression.compress(tensor) for tensor in tensors), strict=True)
-    handle = grouped_allreduce_async(compressed, average, name, op, prescale_factor, postscale_factor, process_set)
+    pairs = [compression.compress(tensor) for tensor in tensors]
+    compressed = [tensor for tensor, _ in pairs]
+    handle = grouped_allreduce_async(
+        compressed, average, name, op, prescale_factor, postscale_factor, process_set
+    )
     return [
         compression.decompress(result, context)
-        for result, context in zip(synchronize(handle), contexts, strict=True)
+        for result, (_, context) in zip(synchronize(handle), pairs, strict=True)
     ]
 
 
@@ -195,12 +202,16 @@ def grouped_allreduce_(
     )
 
 
-def allgather_async(tensor: Tensor, name: str | None = None, process_set: ProcessSet = global_process_set) -> int:
+def allgather_async(
+    tensor: Tensor, name: str | None = None, process_set: ProcessSet = global_process_set
+) -> int:
     """Start an `allgather`; returns a handle."""
     return _start("allgather", [tensor], name, process_set, _first)
 
 
-def allgather(tensor: Tensor, name: str | None = None, process_set: ProcessSet = global_process_set) -> Tensor:
+def allgather(
+    tensor: Tensor, name: str | None = None, process_set: ProcessSet = global_process_set
+) -> Tensor:
     """Concatenate the tensors of all ranks along the first dimension, in rank order.
 
     Args:
@@ -307,9 +318,9 @@ def reducescatter_async(
         name,
         process_set,
         _first,
-        op=ReduceOp(op).name.lower(),
-        prescale=prescale_factor,
-        postscale=postscale_factor,
+        op=_reduction(None, op).name.lower(),
+        prescale=float(prescale_factor),
+        postscale=float(postscale_factor),
     )
 
 
@@ -368,6 +379,8 @@ def _start(
 
 
 def _return_own(tensors: list[Tensor], finish: Callable[[list[Any]], Any], _results: list[Any]) -> Any:
+    # Torch has not seen the writing: without this, a backward pass could use a saved tensor that is another now.
+    torch.autograd.graph.increment_version(tensors)
     return finish(tensors)
 
 
@@ -422,7 +435,9 @@ def _start_alltoall(
 
 def _split_rows(tensor: Tensor, splits: Tensor | Sequence[int] | None, size: int) -> list[int]:
     if tensor.dim() == 0:
-        raise ValueError("alltoall: tensor must have a dimension to cut along, got shape (); reshape the tensor")
+        raise ValueError(
+            "alltoall: tensor must have a dimension to cut along, got shape (); reshape the tensor"
+        )
     if splits is None:
         if tensor.shape[0] % size:
             raise ValueError(
@@ -431,10 +446,14 @@ def _split_rows(tensor: Tensor, splits: Tensor | Sequence[int] | None, size: int
             )
         return [tensor.shape[0] // size] * size
     if isinstance(splits, torch.Tensor) and splits.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"alltoall expects splits to contain 32-bit integer elements, got {splits.dtype}; convert them")
+        raise ValueError(
+            f"alltoall expects splits to contain 32-bit integer elements, got {splits.dtype}; convert them"
+        )
     rows = [int(row) for row in (splits.tolist() if isinstance(splits, torch.Tensor) else splits)]
     if len(rows) != size:
-        raise ValueError(f"Number of entries in splits does not equal number of workers, got {len(rows)} for {size}")
+        raise ValueError(
+            f"Number of entries in splits does not equal number of workers, got {len(rows)} for {size}"
+        )
     if sum(rows) > tensor.shape[0] or min(rows) < 0:
         raise ValueError(
             "Sum of splits entries is greater than the first dimension of tensor, or one is negative, "
@@ -448,17 +467,21 @@ def root_of(root_rank: int, process_set: ProcessSet) -> int:
     negotiator_of(process_set, "broadcast")
     ranks = process_set.ranks or []
     if root_rank not in ranks:
-        raise ValueError(f"broadcast received invalid root rank {root_rank} for provided process set; use one of {ranks}")
+        raise ValueError(
+            f"broadcast received invalid root rank {root_rank} for provided process set; use one of {ranks}"
+        )
     return ranks.index(root_rank)
 
 
-def _reduction(average: bool | None, op: ReduceOp | None) -> ReduceOp:
+def _reduction(average: bool | None, op: ReduceOp | int | None) -> ReduceOp:
     if average is not None:
         if op is not None:
             raise ValueError("The op parameter supersedes average, got both; pass op only")
         warnings.warn("Parameter `average` has been replaced with `op`", DeprecationWarning, stacklevel=4)
         return Average if average else Sum
-    reduction = Average if op is None else ReduceOp(op)
+    reduction = Average if op is None else parse_op(op)
     if reduction is ReduceOp.ADASUM:
-        raise ValueError("op: adasum is not elementwise and not available here, got Adasum; use Average or Sum")
+        raise ValueError(
+            "op: adasum is not elementwise and not available here, got Adasum; use Average or Sum"
+        )
     return reduction

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mpitrain.memory import ReduceOp
+from mpitrain.memory import ReduceOp, parse_op
 from mpitrain.torch.compression import Compression, Compressor
 from mpitrain.torch.operations import Average
 from mpitrain.torch.reducer import GradientReducer, Scaling
@@ -22,6 +23,7 @@ class _Distributed(torch.optim.Optimizer):
     """What is mixed into the class of the wrapped optimizer."""
 
     _reducer: GradientReducer | None
+    _name_of: dict[torch.Tensor, str]
     _is_synchronized: bool
     _should_synchronize: bool
 
@@ -32,7 +34,7 @@ class _Distributed(torch.optim.Optimizer):
             closure: Evaluates the model anew and returns the loss; its gradients are averaged each time.
         """
         if self._should_synchronize:
-            if self._is_synchronized:
+            if self._is_synchronized and self._reducer is not None:
                 warnings.warn(
                     "optimizer.step() called without optimizer.skip_synchronize() context after "
                     "optimizer.synchronize(). This can cause training slowdown. You may want to consider using "
@@ -43,8 +45,13 @@ class _Distributed(torch.optim.Optimizer):
                 self.synchronize()
             else:
                 closure = self._synchronized(closure)
-        self._is_synchronized = False
-        return super().step(closure)
+        try:
+            return super().step(closure)
+        finally:
+            self._is_synchronized = False
+
+    # Torch wraps the step of a class for those who hook into it; here the step of the original class has that.
+    step.hooked = True  # type: ignore[attr-defined]
 
     def _synchronized(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         def evaluate() -> Any:
@@ -64,17 +71,30 @@ class _Distributed(torch.optim.Optimizer):
         """
         if self._reducer is not None:
             self._reducer.synchronize()
+            parameters = self._named_parameters()
+            if not self._reducer.has_all(parameters):
+                # Parameter groups were added, or parameters unfrozen.
+                self._reducer.extend(parameters)
         self._is_synchronized = True
+
+    def _named_parameters(self) -> list[tuple[str, torch.Tensor]]:
+        """Return (name, parameter) of all that have gradients."""
+        return [
+            (self._name_of.get(param, f"allreduce.noname.{index}.{position}"), param)
+            for index, group in enumerate(self.param_groups)
+            for position, param in enumerate(group["params"])
+            if param.requires_grad
+        ]
 
     @contextlib.contextmanager
     def skip_synchronize(self) -> Iterator[None]:
         """Let `step` use the gradients as they are, because `synchronize` was called before.
 
-            loss.backward()
-            optimizer.synchronize()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            with optimizer.skip_synchronize():
-                optimizer.step()
+        loss.backward()
+        optimizer.synchronize()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        with optimizer.skip_synchronize():
+            optimizer.step()
         """
         self._should_synchronize = False
         try:
@@ -93,6 +113,7 @@ class _Distributed(torch.optim.Optimizer):
                 "optimizer.zero_grad() was called after loss.backward() but before optimizer.step() or "
                 "optimizer.synchronize(). This is prohibited as it can cause a race condition."
             )
+        self._is_synchronized = False
         super().zero_grad(set_to_none)
 
     def set_backward_passes_per_step(self, passes: int) -> None:
@@ -138,26 +159,40 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
     """
     world()
     _check_passes(backward_passes_per_step)
-    op = ReduceOp(op)
+    _check_compression(compression)
+    op = parse_op(op)
+    if isinstance(optimizer, _Distributed):
+        raise ValueError(f"optimizer: is distributed already, got {optimizer!r}; wrap the original one")
     if gradient_predivide_factor != 1.0 and op is not Average:
-        raise ValueError("gradient_predivide_factor not supported with op != Average, got both; leave one out")
+        raise ValueError(
+            "gradient_predivide_factor not supported with op != Average, "
+            f"got {gradient_predivide_factor} with {op.name.lower()}; leave one out"
+        )
     if op is ReduceOp.ADASUM:
-        raise ValueError("op: adasum is not elementwise and not available here, got Adasum; use Average or Sum")
-    parameters = _named(optimizer, named_parameters)
+        raise ValueError(
+            "op: adasum is not elementwise and not available here, got Adasum; use Average or Sum"
+        )
+    name_of = _names(optimizer, named_parameters)
     original = type(optimizer)
-    wrapped: Any = object.__new__(type(original.__name__, (_Distributed, original), {"__module__": original.__module__}))
-    wrapped.__dict__.update(optimizer.__dict__)
-    wrapped._is_synchronized = False
-    wrapped._should_synchronize = True
-    wrapped._reducer = None
+    made: Any = object.__new__(
+        type(original.__name__, (_Distributed, original), {"__module__": original.__module__})
+    )
+    # A learning rate scheduler puts a step of its own into the original, which would go past this one's.
+    kept = {name: value for name, value in vars(optimizer).items() if name != "step"}
+    state = {
+        "_is_synchronized": False,
+        "_should_synchronize": True,
+        "_reducer": None,
+        "_name_of": name_of,
+    }
+    vars(made).update(kept, **state)
     if process_set.process_set_id is None or process_set.included():
-        comm = negotiator_of(process_set, "DistributedOptimizer").comm
-        if comm.size > 1:
-            scaling = _scaling(op, comm.size, gradient_predivide_factor, compression)
-            # All ranks agree once, when the reducer is made, so its operations need no further checks.
-            own = comm.duplicate(comm.settings.replace(check=False))
-            wrapped._reducer = GradientReducer(parameters, own, scaling, backward_passes_per_step)
-    return wrapped
+        group = negotiator_of(process_set, "DistributedOptimizer").group
+        if group.size > 1:
+            scaling = _scaling(op, group.size, gradient_predivide_factor, compression)
+            parameters = made._named_parameters()
+            vars(made)["_reducer"] = GradientReducer(parameters, group, scaling, backward_passes_per_step)
+    return made
 
 
 def _scaling(op: ReduceOp, size: int, predivide: float, compression: type[Compressor]) -> Scaling:
@@ -170,39 +205,51 @@ def _scaling(op: ReduceOp, size: int, predivide: float, compression: type[Compre
     return Scaling(before=1.0 / predivide, after=predivide / size, wire_dtype=wire_dtype)
 
 
-def _named(
+def _names(
     optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, torch.Tensor]] | None
-) -> list[tuple[str, torch.Tensor]]:
-    """Return (name, parameter) of the optimizer's parameters that have gradients."""
-    groups = optimizer.param_groups
+) -> dict[torch.Tensor, str]:
+    """Return the name of each parameter that has one."""
     if named_parameters is None:
-        pairs = [
-            (f"allreduce.noname.{index}.{position}", param)
-            for index, group in enumerate(groups)
-            for position, param in enumerate(group["params"])
-        ]
-    else:
-        pairs = list(named_parameters)
-        if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
-            raise ValueError(
-                "named_parameters should be a sequence of tuples (name, parameter), usually produced by "
-                f"model.named_parameters(), got {pairs[:1]}"
-            )
-    names = [name for name, _ in pairs]
-    repeated = sorted({name for name in names if names.count(name) > 1})
+        return {}
+    pairs = list(named_parameters)
+    if not all(_is_named(pair) for pair in pairs):
+        raise ValueError(
+            "named_parameters should be a sequence of tuples (name, parameter), usually produced by "
+            f"model.named_parameters(), got {pairs[:1]}"
+        )
+    counts = collections.Counter(name for name, _ in pairs)
+    repeated = sorted(name for name, count in counts.items() if count > 1)
     if repeated:
-        raise ValueError(f"Parameter names in named_parameters must be unique. Found duplicates: {', '.join(repeated)}")
+        raise ValueError(
+            f"Parameter names in named_parameters must be unique. Found duplicates: {', '.join(repeated)}"
+        )
     name_of = {param: name for name, param in pairs}
-    params = [param for group in groups for param in group["params"]]
+    params = [param for group in optimizer.param_groups for param in group["params"]]
     unnamed = [param for param in params if param not in name_of]
     if unnamed:
         raise ValueError(
             "named_parameters was specified, but one or more model parameters were not named: "
             f"{len(unnamed)} of {len(params)}, the first of shape {list(unnamed[0].shape)}; name all or none"
         )
-    return [(name_of[param], param) for param in params if param.requires_grad]
+    return name_of
+
+
+def _is_named(pair: object) -> bool:
+    return isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)
+
+
+def _check_compression(compression: type[Compressor]) -> None:
+    # Gradients are cast on their way into the buckets; a method that does anything else is never called.
+    known = (Compression.none, Compression.fp16, Compression.bf16)
+    if compression not in known:
+        raise ValueError(
+            f"compression: must be Compression.none, .fp16 or .bf16, got {compression!r}; "
+            "compress in the loop for now, with the operations"
+        )
 
 
 def _check_passes(passes: int) -> None:
     if passes < 1:
-        raise ValueError(f"backward_passes_per_step: must be at least 1, got {passes}; 1 steps after every pass")
+        raise ValueError(
+            f"backward_passes_per_step: must be at least 1, got {passes}; 1 steps after every pass"
+        )

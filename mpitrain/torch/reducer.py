@@ -11,13 +11,15 @@ a sum. Then it is a view of the bucket; no copy is made.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
 
 from mpitrain.collectives import Communicator, Handle, PersistentPlan
-from mpitrain.errors import CollectiveMismatchError
+from mpitrain.errors import CollectiveMismatchError, NotInitializedError
 from mpitrain.torch.buckets import bucket_layout
 
 __all__ = ["GradientReducer", "Scaling"]
@@ -79,30 +81,40 @@ class _Bucket:
 class GradientReducer:
     """Reduces the gradients of some parameters on a communicator of its own.
 
+    A parameter belongs to the reducer that was made for it last; one that loses a parameter so is retired as a whole.
+
     Args:
         parameters: (name, parameter) pairs, the same on every rank.
-        comm: Owned from now on; no other operation may use it.
+        group: Its ranks take part; a duplicate is used.
         scaling: Same on every rank.
-        passes: Backward passes per step; gradients of the earlier ones are summed locally.
+        passes: Backward passes per step, same on every rank; gradients of the earlier ones are summed locally.
 
     Raises:
-        CollectiveMismatchError: Ranks have different parameters; on every rank.
+        CollectiveMismatchError: Ranks have different parameters, scaling or passes; on every rank.
     """
 
     def __init__(
-        self, parameters: Sequence[tuple[str, Tensor]], comm: Communicator, scaling: Scaling, passes: int
+        self, parameters: Sequence[tuple[str, Tensor]], group: Communicator, scaling: Scaling, passes: int
     ) -> None:
-        self._comm = comm
+        self._group = group
         self._scaling = scaling
         self.passes = passes
-        self._slots = [_Slot(position, name, param) for position, (name, param) in enumerate(parameters)]
-        self._check_parameters()
-        self._slot_of = {slot.param: slot for slot in self._slots}
+        # All ranks agree once, here, so that no operation needs a check of its own.
+        self._check_same(parameters)
+        self._comm = group.duplicate(group.settings.replace(check=False))
+        self._ended = ""
+        self._slots: list[_Slot] = []
+        self._slot_of: dict[Tensor, _Slot] = {}
+        self._hooks: list[Any] = []
+        # Positions in the order of buckets, and those whose gradients have come in a pass that teaches it.
+        self._order: list[int] = []
         self._arrivals: list[int] | None = []
+        self._buckets: list[_Bucket] = []
+        self._next = 0
+        group.before_leaving(self.leave)
         # Backward passes usually make gradients in the opposite order of the parameters; the first one will tell.
-        self._build(list(reversed(range(len(self._slots)))))
-        for slot in self._slots:
-            slot.param.register_post_accumulate_grad_hook(self._on_gradient)
+        self._build(list(reversed(self._add(parameters))))
+        _alive.add(self)
 
     @property
     def is_in_flight(self) -> bool:
@@ -121,10 +133,12 @@ class GradientReducer:
 
         Raises:
             CommError: The ranks could not exchange messages.
+            NotInitializedError, RuntimeError: The reducer has ended.
         """
-        for slot in self._slots:
-            if not slot.has_arrived:
-                self._take(slot)
+        for bucket in self._buckets:
+            for slot in bucket.slots:
+                if not slot.has_arrived:
+                    self._take(slot)
         self._launch()
         for bucket in self._buckets:
             assert bucket.handle is not None
@@ -135,15 +149,69 @@ class GradientReducer:
         if self._arrivals is not None:
             self._learn_order()
 
-    def _check_parameters(self) -> None:
-        mine = [(slot.name, tuple(slot.param.shape), str(slot.param.dtype)) for slot in self._slots]
-        everybodys = self._comm.allgather_obj(mine)
+    def extend(self, parameters: Sequence[tuple[str, Tensor]]) -> None:
+        """Take on those parameters that are new, and reduce the gradients that they have by now.
+
+        Every rank must call, after `synchronize`, if any of the parameters is new.
+        """
+        new = [pair for pair in parameters if pair[1] not in self._slot_of]
+        self._check_same(new)
+        added = self._add(new)
+        order = [*self._order, *reversed(added)]
+        self._arrivals = None
+        self._build(list(reversed(added)))
+        self.synchronize()
+        self._build(order)
+        self._arrivals = []
+
+    def has_all(self, parameters: Sequence[tuple[str, Tensor]]) -> bool:
+        """Whether none of the parameters is new."""
+        return all(param in self._slot_of for _, param in parameters)
+
+    def leave(self, reason: str) -> None:
+        """Tell the others that no more gradients come from this rank."""
+        self._ended = f"this rank {reason}"
+        self._comm.leave(reason)
+
+    def _retire(self) -> None:
+        self._ended = "its parameters were given to another one"
+        for hook in self._hooks:
+            hook.remove()
+        _alive.discard(self)
+
+    def _check_alive(self) -> None:
+        if self._ended:
+            error = NotInitializedError if self._ended.startswith("this rank") else RuntimeError
+            raise error(f"optimizer: cannot be used any more, {self._ended}; wrap the optimizer again")
+
+    def _add(self, parameters: Sequence[tuple[str, Tensor]]) -> list[int]:
+        """Make slots for parameters, and return their positions."""
+        slots = [
+            _Slot(position, name, param)
+            for position, (name, param) in enumerate(parameters, start=len(self._slots))
+        ]
+        for other in list(_alive):
+            if other is not self and any(slot.param in other._slot_of for slot in slots):
+                other._retire()
+        # The hooks do not keep the reducer alive: a parameter whose optimizer is gone is one like any other.
+        on_gradient = _weak_hook(weakref.WeakMethod(self._on_gradient))
+        for slot in slots:
+            self._slots.append(slot)
+            self._slot_of[slot.param] = slot
+            self._hooks.append(slot.param.register_post_accumulate_grad_hook(on_gradient))
+        return [slot.position for slot in slots]
+
+    def _check_same(self, parameters: Sequence[tuple[str, Tensor]]) -> None:
+        mine = [f"{self._scaling}, {self.passes} backward passes per step"]
+        mine += [f"{name}: {param.dtype} {list(param.shape)}" for name, param in parameters]
+        everybodys = self._group.allgather_obj(mine)
         for rank, others in enumerate(everybodys):
             if others != everybodys[0]:
-                differing = [pair for pair in zip(everybodys[0], others, strict=False) if pair[0] != pair[1]]
-                detail = f"first in {differing[0]}" if differing else f"in number: {len(everybodys[0])}, {len(others)}"
+                pairs = zip_longest(everybodys[0], others, fillvalue="nothing")
+                here, there = next(pair for pair in pairs if pair[0] != pair[1])
                 raise CollectiveMismatchError(
-                    f"optimizer: ranks have different parameters; ranks 0 and {rank} differ {detail}"
+                    "optimizer: ranks have different parameters or arguments; wrap the same on every rank\n"
+                    f"  rank 0: {here}\n  rank {rank}: {there}"
                 )
 
     def _build(self, order: list[int]) -> None:
@@ -151,7 +219,8 @@ class GradientReducer:
         settings = self._comm.settings
         dtypes = [self._wire_dtype(slot.param) for slot in self._slots]
         sizes = [
-            (slot.param.numel() * dtype.itemsize, dtype) for slot, dtype in zip(self._slots, dtypes, strict=True)
+            (slot.param.numel() * dtype.itemsize, dtype)
+            for slot, dtype in zip(self._slots, dtypes, strict=True)
         ]
         layout = bucket_layout(
             sizes,
@@ -159,7 +228,8 @@ class GradientReducer:
             bucket_nbytes=settings.bucket_nbytes,
             first_bucket_nbytes=settings.first_bucket_nbytes,
         )
-        self._buckets: list[_Bucket] = []
+        self._order = order
+        self._buckets = []
         for members in layout:
             slots = [self._slots[position] for position in members]
             buffer = torch.zeros(sum(slot.param.numel() for slot in slots), dtype=dtypes[members[0]])
@@ -179,6 +249,7 @@ class GradientReducer:
                 "Gradients were computed more than backward_passes_per_step times before call to step(). "
                 f"Increase backward_passes_per_step to accumulate gradients locally (parameter {slot.name!r})."
             )
+        self._check_alive()
         slot.passes_left -= 1
         if slot.passes_left:
             return
@@ -189,7 +260,8 @@ class GradientReducer:
 
     def _take(self, slot: _Slot) -> None:
         """Move a parameter's gradient into its bucket."""
-        grad = slot.param.grad
+        # Of a backward pass that creates a graph, the value is taken.
+        grad = None if slot.param.grad is None else slot.param.grad.detach()
         if grad is None:
             slot.view.zero_()
         elif grad.is_sparse:
@@ -206,6 +278,7 @@ class GradientReducer:
 
     def _launch(self) -> None:
         """Start the buckets that are full and whose turn it is."""
+        self._check_alive()
         while self._next < len(self._buckets) and not self._buckets[self._next].missing:
             bucket = self._buckets[self._next]
             bucket.handle = bucket.plan.start()
@@ -216,14 +289,30 @@ class GradientReducer:
             bucket.buffer.mul_(self._scaling.after)
         for slot in bucket.slots:
             is_own_dtype = bucket.buffer.dtype == slot.param.dtype
-            slot.param.grad = slot.view if is_own_dtype else slot.view.to(slot.param.dtype)
+            # One that was frozen has no gradient, or the optimizer would go on changing it.
+            if slot.param.requires_grad:
+                slot.param.grad = slot.view if is_own_dtype else slot.view.to(slot.param.dtype)
             slot.has_arrived = False
         bucket.missing = len(bucket.slots)
         bucket.handle = None
 
     def _learn_order(self) -> None:
         """Lay the buckets out anew in the order of rank 0's first backward pass, which all ranks agree on."""
-        arrivals = self._arrivals or []
+        arrivals = self._comm.broadcast_obj(self._arrivals)
+        if not arrivals:
+            return  # a step without a backward pass teaches nothing
         self._arrivals = None
-        unused = set(range(len(self._slots))) - set(arrivals)
-        self._build(self._comm.broadcast_obj(arrivals + sorted(unused)))
+        unused = set(self._order) - set(arrivals)
+        self._build(arrivals + sorted(unused, reverse=True))
+
+
+# The reducers that parameters belong to.
+_alive: weakref.WeakSet[GradientReducer] = weakref.WeakSet()
+
+
+def _weak_hook(method: Callable[[], Callable[[Tensor], None] | None]) -> Callable[[Tensor], None]:
+    def on_gradient(param: Tensor) -> None:
+        if (alive := method()) is not None:
+            alive(param)
+
+    return on_gradient

@@ -108,7 +108,7 @@ def init(comm: MPI.Comm | Sequence[int] | None = None) -> None:
         ValueError: Unusable ranks, or an environment variable of the settings with an unusable value.
         UnavailableError: MPI lacks the thread level that the progress thread needs.
     """
-    global _world
+    global _world  # noqa: PLW0603  (the one default communicator of the process)
     if _world is None:
         _world = _World(Communicator.from_mpi(comm, settings=Settings.from_environ()))
 
@@ -118,15 +118,15 @@ def shutdown() -> None:
 
     Returns at once; `init` may be called again, by all ranks.
     """
-    global _world
+    global _world  # noqa: PLW0603  (the one default communicator of the process)
     if _world is None:
         return
     for process_set in list(_world.process_sets.values()):
         if process_set.negotiator is not None:
-            process_set.negotiator.leave("has shut down")
+            # Takes along the negotiator, and the optimizers of the set.
+            process_set.negotiator.group.leave("has shut down")
         _world.forget(process_set)
     global_process_set.ranks = None
-    _world.comm.leave("has shut down")
     _world.comm.engine.close()
     _world = None
 
@@ -179,7 +179,9 @@ def add_process_set(process_set: ProcessSet | Sequence[int]) -> ProcessSet:
     proposals = current.comm.allgather_obj(made.ranks)
     ranks = proposals[0]
     if any(proposal != ranks for proposal in proposals):
-        raise ValueError(f"process set: must be the same on every rank, got {proposals} by rank; pass equal ranks")
+        raise ValueError(
+            f"process set: must be the same on every rank, got {proposals} by rank; pass equal ranks"
+        )
     if not ranks or len(set(ranks)) != len(ranks) or ranks[0] < 0 or ranks[-1] >= current.comm.size:
         raise ValueError(
             f"process set: must have different ranks of 0 to {current.comm.size - 1}, got {ranks}; correct the ranks"
@@ -202,6 +204,7 @@ def remove_process_set(process_set: ProcessSet) -> bool:
         return False
     if process_set.negotiator is not None:
         process_set.negotiator.free()
+        process_set.negotiator.group.free()
     current.forget(process_set)
     return True
 

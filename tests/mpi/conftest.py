@@ -180,6 +180,6 @@ def _restart_limit(item: pytest.Item) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    # mpirun ends the job when the first rank leaves with a failure; by then rank 0 must have printed its report.
+    # mpirun ends the job when the first rank leaves with a failure; by then rank 0 has to have reported.
     if RANKS in config.stash:
         config.stash[RANKS].share("the end", "passed")

@@ -1,7 +1,8 @@
 """Every collective once: what each rank brings, and what it must get, in closed form.
 
-The same cases run among threads (tests/unit) and among processes (tests/mpi). What a rank brings depends on its rank
-and on the index, and is small enough that every dtype holds the results exactly, in whatever order they are reduced.
+The same cases run among threads (tests/unit) and among processes (tests/mpi). What a rank brings depends on
+its rank and on the index, and is small enough that every dtype holds the results exactly, in whatever order
+they are reduced.
 """
 
 from __future__ import annotations
@@ -56,11 +57,9 @@ def brought(rank: int, shape: Sequence[int], dtype: str, op: str = "sum") -> NDA
     index = np.arange(int(np.prod(shape, dtype=int))).reshape(shape)
     if dtype == "bool":
         return (index + rank) % 3 == 0
-    if op == "product":
-        # Powers of two up to 2**7: exact even in bfloat16, and no overflow in uint8.
-        values = np.where((index + rank) % 5 == 0, 2, 1)
-    else:
-        values = (7 * index + 3 * rank) % 13
+    # For products powers of two, few enough at each index to be exact in bfloat16, without overflow in uint8.
+    doubles = np.where((index + rank) % 5 == 0, 2, 1)
+    values = doubles if op == "product" else (7 * index + 3 * rank) % 13
     if dtype.startswith("complex"):
         return values * (1j if op == "product" else 1 + 2j)
     return values.astype(np.int64 if "int" in dtype else np.float64)
@@ -98,8 +97,16 @@ def reduced(size: int, case: Case) -> NDArray[Any]:
         return parts.any(axis=0) if case.op in ("sum", "max") else parts.all(axis=0)
     if case.op == "average":
         total = parts.sum(axis=0)
+        if case.dtype.startswith("complex"):
+            # NumPy would multiply by the reciprocal, which rounds twice.
+            return total.real / size + 1j * (total.imag / size)
         return total // size if "int" in case.dtype else total / size
-    functions: dict[str, Callable[..., Any]] = {"sum": np.sum, "min": np.min, "max": np.max, "product": np.prod}
+    functions: dict[str, Callable[..., Any]] = {
+        "sum": np.sum,
+        "min": np.min,
+        "max": np.max,
+        "product": np.prod,
+    }
     return np.asarray(functions[case.op](parts, axis=0))
 
 
@@ -264,7 +271,7 @@ def counts_for(size: int) -> list[int]:
 
 
 def grid(collective: str, size: int, dtypes: Sequence[str] = DTYPES) -> Iterator[Case]:
-    """Yield cases in which every value of every property occurs, and counts meet all dtypes as sizes go by."""
+    """Yield cases in which every value of every property occurs; counts meet all dtypes as sizes go by."""
     counts = counts_for(size)
     libraries = itertools.cycle(("numpy", "torch", "numpy"))
     forms = itertools.cycle(("new", "in place", "async", "async in place"))

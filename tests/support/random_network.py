@@ -1,8 +1,8 @@
 """All ranks of a collective in one thread, over a network that is as late and as unordered as MPI permits.
 
-Messages match by source and tag in the order of posting, but everything else is drawn: which rank moves next, and
-which matched message arrives next. A send reads its memory when the message arrives, not when it is posted, so
-that memory which is overwritten too early is noticed.
+Messages match by source and tag in the order of posting, but everything else is drawn: which rank moves next,
+and which matched message arrives next. A send reads its memory when the message arrives, not when it is
+posted, so that memory which is overwritten too early is noticed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class RandomNetwork:
 
     Args:
         seed: Of all that is drawn.
-        eager_nbytes: Sends of up to so many bytes are done at once, as with small messages in MPI; -1 is none.
+        eager_nbytes: Sends of up to so many bytes are done at once, as small ones in MPI; -1 is none.
     """
 
     def __init__(self, seed: int, *, eager_nbytes: int = -1) -> None:
@@ -91,7 +91,9 @@ class _RandomTransport:
         """Nothing to do: the network ends with the test."""
 
 
-def run_at_random(network: RandomNetwork, tasks: Sequence[Task[None]], stuck: Callable[[], str] = str) -> None:
+def run_at_random(
+    network: RandomNetwork, tasks: Sequence[Task[None]], stuck: Callable[[], str] = str
+) -> None:
     """Run the tasks of all ranks to their ends.
 
     Raises:
@@ -111,4 +113,6 @@ def run_at_random(network: RandomNetwork, tasks: Sequence[Task[None]], stuck: Ca
             moved = True
         fruitless = 0 if moved or network.matched else fruitless + 1
         # So many draws without any movement miss a task that could move with a probability of e**-50.
-        assert fruitless < 50 * len(tasks) + 50, f"deadlock: {len(running)} of {len(tasks)} ranks wait {stuck()}"
+        assert fruitless < 50 * len(tasks) + 50, (
+            f"deadlock: {len(running)} of {len(tasks)} ranks wait {stuck()}"
+        )

@@ -33,7 +33,7 @@ def plan_allgather(
     view = flat_view(array)
     dtype = view.dtype
     own_rows, *rest = view.shape or (1,)
-    all_rows = tuple(rows) if rows is not None else (own_rows,) * context.size
+    all_rows = tuple(int(each) for each in rows) if rows is not None else (own_rows,) * context.size
     if len(all_rows) != context.size or all_rows[context.rank] != own_rows:
         raise ValueError(
             f"allgather: rows must be one first dimension per rank and {own_rows} for rank {context.rank}, "
@@ -43,7 +43,7 @@ def plan_allgather(
     counts = tuple(row * row_count for row in all_rows)
     layout = Layout.packed(counts)
     nbytes = sum(counts) * dtype.itemsize
-    name = choose_algorithm("allgather", algorithm, nbytes, has_native=context.has_native)
+    name = choose_algorithm("allgather", algorithm, nbytes, context.available)
     uses_native = name == NATIVE
     if not uses_native:
         program = context.program("allgather", name, layout, dtype, nbytes=nbytes)

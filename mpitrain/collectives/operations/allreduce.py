@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from mpitrain.collectives.context import Context
+from mpitrain.collectives.direct import Reduction
 from mpitrain.collectives.executor import Task
 from mpitrain.collectives.layout import Layout, even_counts
 from mpitrain.collectives.plan import Call, Plan
 from mpitrain.collectives.selection import NATIVE, choose_algorithm
-from mpitrain.memory import ReduceOp, check_op, copy_of, divide_by, flat_view, parse_op
+from mpitrain.memory import FlatArray, ReduceOp, SharedArray, copy_of, divide_by, flat_view
 
 __all__ = ["plan_allreduce"]
 
@@ -30,13 +31,16 @@ def plan_allreduce(
     Raises:
         ValueError, TypeError: Bad argument.
     """
-    op = parse_op(op)
     view = flat_view(copy_of(array) if not in_place else array, writable=True)
     dtype = view.dtype
-    check_op(op, dtype)
+    op = context.check_reduction("allreduce", op, dtype)
     if algorithm == "auto":
         algorithm = context.settings.algorithm
-    name = choose_algorithm("allreduce", algorithm, view.nbytes, has_native=context.has_native)
+    in_window = isinstance(array, SharedArray) and array.is_shared and in_place
+    name = choose_algorithm("allreduce", algorithm, view.nbytes, context.available, in_window=in_window)
+    description = f"allreduce {op.name.lower()} of {dtype} {list(view.shape)} by {name}"
+    if name == context.available.shared:
+        return _plan_in_node(context, array if in_window else None, view, op, description)
     uses_native = name == NATIVE
     if not uses_native:
         counts = even_counts(view.count, context.num_chunks("allreduce", name, view.nbytes))
@@ -51,5 +55,21 @@ def plan_allreduce(
             divide_by(view.data, context.size, dtype)
         return view.owner
 
-    description = f"allreduce {op.name.lower()} of {dtype} {list(view.shape)} by {name}"
     return Plan(description, task, uses_native)
+
+
+def _plan_in_node(
+    context: Context, shared: SharedArray | None, view: FlatArray, op: ReduceOp, description: str
+) -> Plan[Any]:
+    """Prepare an all-reduce by load and store: of an array in shared memory, else through staging memory."""
+    reduction = Reduction(view.dtype, op, context.size)
+
+    def task(call: Call) -> Task[Any]:
+        if shared is not None:
+            yield from context.run_shared(shared, reduction, call)
+        else:
+            yield from context.run_staged(view.data, reduction, call)
+        return view.owner
+
+    place = "in shared memory" if shared is not None else "through staging memory"
+    return Plan(f"{description} {place}", task, uses_staging=shared is None)

@@ -45,7 +45,7 @@ def plan_alltoall(
         received_splits = sent_splits
     # Only ranks that cut evenly know a size that all share.
     nbytes = view.nbytes if splits is None else 0
-    name = choose_algorithm("alltoall", algorithm, nbytes, has_native=context.has_native)
+    name = choose_algorithm("alltoall", algorithm, nbytes, context.available)
     uses_native = name == NATIVE
 
     def task(call: Call) -> Task[tuple[Any, list[int]]]:

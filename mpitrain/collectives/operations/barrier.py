@@ -18,7 +18,7 @@ def plan_barrier(context: Context, *, algorithm: str = "auto") -> Plan[None]:
     Raises:
         ValueError: Unknown algorithm.
     """
-    name = choose_algorithm("barrier", algorithm, 0, has_native=context.has_native)
+    name = choose_algorithm("barrier", algorithm, 0, context.available)
     uses_native = name == NATIVE
     no_type = dtype_named("uint8")
     if not uses_native:

@@ -32,7 +32,7 @@ def plan_broadcast(
     context.check_root("broadcast", root)
     view = flat_view(array if in_place else copy_of(array), writable=context.rank != root)
     dtype = view.dtype
-    name = choose_algorithm("broadcast", algorithm, view.nbytes, has_native=context.has_native)
+    name = choose_algorithm("broadcast", algorithm, view.nbytes, context.available)
     uses_native = name == NATIVE
     if not uses_native:
         counts = even_counts(view.count, context.num_chunks("broadcast", name, view.nbytes))

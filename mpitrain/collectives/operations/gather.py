@@ -34,7 +34,7 @@ def plan_gather(context: Context, array: Any, *, root: int = 0, algorithm: str =
     rank, size = context.rank, context.size
     counts = (view.count,) * size
     nbytes = view.nbytes * size
-    name = choose_algorithm("gather", algorithm, nbytes, has_native=context.has_native)
+    name = choose_algorithm("gather", algorithm, nbytes, context.available)
     uses_native = name == NATIVE
     if not uses_native:
         # Ranks between root and leaves hold what passes through them, and nothing else.

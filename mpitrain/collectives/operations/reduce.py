@@ -9,7 +9,7 @@ from mpitrain.collectives.executor import Task
 from mpitrain.collectives.layout import Layout, even_counts
 from mpitrain.collectives.plan import Call, Plan
 from mpitrain.collectives.selection import NATIVE, choose_algorithm
-from mpitrain.memory import ReduceOp, check_op, copy_of, divide_by, flat_view, parse_op
+from mpitrain.memory import ReduceOp, copy_of, divide_by, flat_view
 
 __all__ = ["plan_reduce"]
 
@@ -23,12 +23,11 @@ def plan_reduce(
         ValueError, TypeError: Bad argument.
     """
     context.check_root("reduce", root)
-    op = parse_op(op)
     # Partial results pass through every rank that receives, so all work on a copy.
     view = flat_view(copy_of(array), writable=True)
     dtype = view.dtype
-    check_op(op, dtype)
-    name = choose_algorithm("reduce", algorithm, view.nbytes, has_native=context.has_native)
+    op = context.check_reduction("reduce", op, dtype)
+    name = choose_algorithm("reduce", algorithm, view.nbytes, context.available)
     uses_native = name == NATIVE
     if not uses_native:
         counts = even_counts(view.count, context.num_chunks("reduce", name, view.nbytes))

@@ -10,7 +10,7 @@ from mpitrain.collectives.executor import Task
 from mpitrain.collectives.layout import Layout, even_counts
 from mpitrain.collectives.plan import Call, Plan
 from mpitrain.collectives.selection import NATIVE, choose_algorithm
-from mpitrain.memory import ReduceOp, allocate_like, check_op, divide_by, flat_view, parse_op
+from mpitrain.memory import ReduceOp, allocate_like, divide_by, flat_view
 
 __all__ = ["plan_reduce_scatter"]
 
@@ -25,17 +25,16 @@ def plan_reduce_scatter(
     Raises:
         ValueError, TypeError: Bad argument, such as an array without dimensions.
     """
-    op = parse_op(op)
     view = flat_view(array)
     dtype = view.dtype
-    check_op(op, dtype)
+    op = context.check_reduction("reduce_scatter", op, dtype)
     if not view.shape:
         raise ValueError("reduce_scatter: needs at least one dimension to cut along, got shape (); reshape the array")
     rows = even_counts(view.shape[0], context.size)
     row_count = math.prod(view.shape[1:])
     counts = tuple(row * row_count for row in rows)
     layout = Layout.packed(counts)
-    name = choose_algorithm("reduce_scatter", algorithm, view.nbytes, has_native=context.has_native)
+    name = choose_algorithm("reduce_scatter", algorithm, view.nbytes, context.available)
     uses_native = name == NATIVE
     if not uses_native:
         program = context.program("reduce_scatter", name, layout, dtype, nbytes=view.nbytes)

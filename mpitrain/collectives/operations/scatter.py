@@ -43,7 +43,7 @@ def plan_scatter(
         )
     counts = (part.count,) * size
     nbytes = part.nbytes * size
-    name = choose_algorithm("scatter", algorithm, nbytes, has_native=context.has_native)
+    name = choose_algorithm("scatter", algorithm, nbytes, context.available)
     uses_native = name == NATIVE
     if not uses_native:
         touched = range(size) if rank == root else touched_chunks(find_algorithm("scatter", name), rank, size, root)

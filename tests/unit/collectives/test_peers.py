@@ -104,7 +104,7 @@ def test_revoked_communicator_refuses_every_further_call():
     def body(comm):
         if comm.rank == 1:
             comm.revoke("has had enough")
-        error = outcome(lambda: comm.barrier())
+        error = outcome(comm.barrier)
         again = outcome(lambda: comm.allreduce_async(np.ones(3)))
         objects = outcome(lambda: comm.allgather_obj(1))
         return error, again, objects
@@ -258,7 +258,7 @@ def test_messages_of_different_length_are_noticed_without_the_check():
 
 
 def test_news_may_arrive_while_another_thread_reads_it():
-    # Operations on several threads look for news at the same time; what they share must not change under them.
+    # Operations on several threads look for news at the same time; what they share must not break.
     from mpitrain.collectives.peers import PeerWatch
 
     class Transport:

@@ -27,7 +27,8 @@ def chunk_values(rank, chunk, count):
 
 
 def prepare(collective, rank, size, root, counts):
-    """Return (arrays, layout, expected arrays) of one rank; what is undefined at the end is None."""
+    """Return the chunks of `rank` at the start and at the end; None where the end is undefined."""
+    numbers = range(len(counts))
     own = [chunk_values(rank, chunk, count) for chunk, count in enumerate(counts)]
     sums = [
         sum(chunk_values(each, chunk, count) for each in range(size)) for chunk, count in enumerate(counts)
@@ -35,24 +36,22 @@ def prepare(collective, rank, size, root, counts):
     of_root = [chunk_values(root, chunk, count) for chunk, count in enumerate(counts)]
     of_each = [chunk_values(chunk, chunk, count) for chunk, count in enumerate(counts)]
     lost = [np.full(count, LOST) for count in counts]
-    match collective:
-        case "allreduce":
-            return own, sums
-        case "reduce":
-            return own, sums if rank == root else [None] * len(counts)
-        case "reduce_scatter":
-            return own, [sums[chunk] if chunk == rank else None for chunk in range(len(counts))]
-        case "allgather":
-            return [of_each[chunk] if chunk == rank else lost[chunk] for chunk in range(size)], of_each
-        case "gather":
-            start = [of_each[chunk] if chunk == rank else lost[chunk] for chunk in range(size)]
-            return start, of_each if rank == root else [None] * size
-        case "broadcast":
-            return of_root if rank == root else lost, of_root
-        case "scatter":
-            end = [of_root[chunk] if chunk == rank else None for chunk in range(size)]
-            return of_root if rank == root else lost, end
-    raise AssertionError(collective)
+    undefined = [None] * len(counts)
+
+    def only(chunks, others):
+        return [chunks[chunk] if chunk == rank else others[chunk] for chunk in numbers]
+
+    is_root = rank == root
+    starts_and_ends = {
+        "allreduce": (own, sums),
+        "reduce": (own, sums if is_root else undefined),
+        "reduce_scatter": (own, only(sums, undefined)),
+        "allgather": (only(of_each, lost), of_each),
+        "gather": (only(of_each, lost), of_each if is_root else undefined),
+        "broadcast": (of_root if is_root else lost, of_root),
+        "scatter": (of_root if is_root else lost, only(of_root, undefined)),
+    }
+    return starts_and_ends[collective]
 
 
 def concatenated(chunks):
@@ -74,7 +73,9 @@ def run_collective(collective, name, size, root, num_segments, draw_count, segme
         elif collective == "alltoall":
             sent = [chunk_values(rank, dest, matrix[rank][dest]) for dest in range(size)]
             received = [chunk_values(source, rank, matrix[source][rank]) for source in range(size)]
-            target = [part if source == rank else np.full_like(part, LOST) for source, part in enumerate(received)]
+            target = [
+                part if source == rank else np.full_like(part, LOST) for source, part in enumerate(received)
+            ]
             arrays = [concatenated(sent), concatenated(target)]
             layout = Layout.packed(matrix[rank], [matrix[source][rank] for source in range(size)])
             expected = [*sent, *received]
@@ -149,6 +150,52 @@ def made_of(*rounds_by_rank):
         restrictions="none",
         source="",
     )
+
+
+def exchange_of_all_with_all(rank, size):
+    others = [(rank + distance) % size for distance in range(1, size)]
+    return (
+        Round(
+            tuple(Send(peer, 0, 2) for peer in others), tuple(Receive(peer, 0, 2, True) for peer in others)
+        ),
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("segment_count", [1, 3, 100])
+def test_reductions_exchanged_with_several_peers_in_one_round_do_not_deadlock(segment_count, seed):
+    # With room for one segment each, every rank would wait for a peer to make room.
+    size = 4
+    algorithm = made_of(*(exchange_of_all_with_all(rank, size) for rank in range(size)))
+    network = RandomNetwork(seed)
+    arrays = [np.full(5, 10**rank) for rank in range(size)]
+    layout = Layout.packed((3, 2))
+    programs = [compile_program(algorithm, rank, size, 0, 1, layout, segment_count) for rank in range(size)]
+    run_at_random(
+        network,
+        [
+            execute(
+                network.transport(rank),
+                programs[rank],
+                [arrays[rank]],
+                INT64,
+                tag=0,
+                scratch=ScratchPool(),
+                receive_window=1,
+            )
+            for rank in range(size)
+        ],
+    )
+    assert [array.tolist() for array in arrays] == [[1111] * 5] * size
+
+
+@pytest.mark.parametrize(("collective", "name"), ALL_ALGORITHMS)
+def test_algorithms_of_the_registry_need_one_slot_only(collective, name):
+    algorithm = find_algorithm(collective, name)
+    for size in (2, 5, 8):
+        layout = Layout.packed((2,) * algorithm.num_chunks(size, 2))
+        programs = [compile_program(algorithm, rank, size, 0, 2, layout, 1) for rank in range(size)]
+        assert {program.least_slots for program in programs} == {0}
 
 
 def compiled(rounds, *, counts=(4, 4), segment_count=100, layout=None):
@@ -251,7 +298,9 @@ def test_properties_of_a_program():
 def test_touched_chunks_are_those_of_the_subtree(collective, size):
     for name in ALGORITHMS[collective]:
         for root in range(size):
-            touched = [touched_chunks(find_algorithm(collective, name), rank, size, root) for rank in range(size)]
+            touched = [
+                touched_chunks(find_algorithm(collective, name), rank, size, root) for rank in range(size)
+            ]
             if size > 1:
                 # The root moves the chunks of all others; its own stays where it is.
                 assert touched[root] | {root} == set(range(size))

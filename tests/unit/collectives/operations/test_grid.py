@@ -1,4 +1,4 @@
-"""Every algorithm of the registry on real buffers: sizes, counts, dtypes, operations, roots, segments in flight."""
+"""Every algorithm of the registry on real buffers: sizes, counts, dtypes, ops, roots, segments in flight."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ def test_results_are_exact_many_ranks(size, collective, algorithm):
 
 
 @pytest.mark.parametrize(
-    ("collective", "algorithm"), [pair for pair in ALL_ALGORITHMS if pair[0] in REDUCING and pair[0] != "reduce"]
+    ("collective", "algorithm"),
+    [pair for pair in ALL_ALGORITHMS if pair[0] in REDUCING and pair[0] != "reduce"],
 )
 @pytest.mark.parametrize("size", [3, 6, 7, 8])
 @pytest.mark.parametrize("op", ["sum", "average", "product"])

@@ -1,0 +1,270 @@
+"""The direct algorithm: ranks of one node reduce by load and store, without messages.
+
+Every rank owns a *slice* of the buffer. It reduces its slice over the buffers of all ranks of the node, in rank order, and
+stores the result into all of them. The slice is worked through in blocks that stay in the cache, so that memory
+is read once per peer and written once per peer: that is the limit of the memory's bandwidth.
+
+Arrays that the node does not share pass through *staging* memory that it does, in pieces small enough to stay in
+the cache. On several nodes each rank reduces its slice over the nodes before it stores it (*hierarchical*), so a
+node's network carries every byte once; the pieces are then on different stages at the same time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpitrain.collectives.executor import Task
+from mpitrain.collectives.layout import even_counts
+from mpitrain.collectives.node import Flags, Node
+from mpitrain.memory import DType, ReduceOp, divide_by, reduce_into
+
+__all__ = ["Across", "Reduction", "shared_allreduce", "staged_allreduce"]
+
+# With one block of a peer beside it, a block stays in a core's own cache.
+_BLOCK_NBYTES = 128 << 10
+# Slices begin on cache lines, so that no two ranks write to one.
+_LINE_NBYTES = 64
+# How many pieces the staging memory holds.
+_NUM_STAGED = 4
+# How long a piece of a shared buffer is on its way across nodes, and how many are at once.
+_PIECE_NBYTES = 2 << 20
+_NUM_ACROSS = 4
+
+# Phases of an operation, each with flags of its own.
+_FILLED, _REDUCED, _EMPTIED = range(3)
+
+
+class Across(Protocol):
+    """Reduces a slice over the nodes: over the ranks that own the same slice, one of each node."""
+
+    num_slices: int
+    """Number of slices: the ranks of the smallest node. Further ranks of larger nodes own none."""
+
+    def allreduce(self, data: NDArray[Any], reduction: Reduction, tag: int) -> Task[None]:
+        """Return the task that reduces `data` in place; `tag` is equal on all, and different for what is in flight."""
+
+
+class Reduction:
+    """What is done to the elements.
+
+    Args:
+        dtype: What the arrays hold, in its storage dtype.
+        op: How they are combined.
+        size: Number of ranks that an average divides by.
+    """
+
+    def __init__(self, dtype: DType, op: ReduceOp, size: int) -> None:
+        self.dtype = dtype
+        self.op = op
+        self.size = size
+
+    def combine(self, parts: Sequence[NDArray[Any]], total: NDArray[Any]) -> None:
+        """Reduce the parts in order into `total`, which may be the first of them, or either of two."""
+        if self.dtype.kind == "float" and self.dtype.itemsize > 2 and self.op in (ReduceOp.SUM, ReduceOp.AVERAGE):
+            with np.errstate(all="ignore"):  # overflow to infinity is a result like any other
+                np.add(parts[0], parts[1], out=total)
+            rest = parts[2:]
+        elif len(parts) == 2 and np.may_share_memory(total, parts[1]):
+            rest = parts[:1]  # every reduction is commutative
+        else:
+            if not np.may_share_memory(total, parts[0]):
+                total[:] = parts[0]
+            rest = parts[1:]
+        for part in rest:
+            reduce_into(total, part, self.op, self.dtype)
+
+    def finish(self, total: NDArray[Any]) -> None:
+        """Turn the sum over all ranks into what was asked for."""
+        if self.op is ReduceOp.AVERAGE:
+            divide_by(total, self.size, self.dtype)
+
+
+def shared_allreduce(
+    node: Node, buffers: Sequence[NDArray[Any]], reduction: Reduction, number: int, across: Across | None
+) -> Task[None]:
+    """Reduce over buffers that the node shares, in place.
+
+    Args:
+        node: This rank's node.
+        buffers: Of each rank of the node, by rank; of one length on all nodes.
+        reduction: Same on every rank.
+        number: Of the operation; the same on every rank, larger than those before.
+        across: How slices are reduced over the nodes; None where there is only one.
+
+    Cost: each rank reads p slices and writes p, of n/p bytes each, where p is the number of ranks of the node.
+    Determinism: reduced in rank order; same bits on all ranks, run after run.
+    """
+    flags, own = node.flags, buffers[node.rank]
+    count = own.size
+    piece_count = count if across is None else max(1, _PIECE_NBYTES // own.itemsize)
+    num_pieces = -(-count // piece_count) if count else 0
+
+    def chain(piece: int) -> Task[None]:
+        first = piece * piece_count
+        length = min(piece_count, count - first)
+        begin, end = _slice_bounds(length, node, node.rank, own.itemsize, across)
+        parts = [buffer[first + begin : first + end] for buffer in buffers]
+        if across is None:
+            yield from _reduce_blocks(parts, parts, reduction, is_final=True)
+            return
+        mine = parts[node.rank]
+        yield from _reduce_blocks(parts, [mine], reduction, is_final=False)
+        yield from _finish_across(mine, reduction, number, piece, across)
+        for index, part in enumerate(parts):
+            if index != node.rank:
+                part[:] = mine
+
+    flags.signal(_FILLED, number)
+    yield from _wait(flags, _FILLED, number)
+    yield from _pipeline((chain(piece) for piece in range(num_pieces)), _NUM_ACROSS)
+    flags.signal(_REDUCED, number)
+    yield from _wait(flags, _REDUCED, number)
+
+
+def staged_allreduce(
+    node: Node, array: NDArray[Any], reduction: Reduction, number: int, across: Across | None
+) -> Task[None]:
+    """Reduce an ordinary array, in place, through the staging memory of the node.
+
+    Arguments as for `shared_allreduce`. No other operation may use the staging memory meanwhile.
+
+    Cost: the array is read once and written once, and what others need of it passes through memory that stays in the cache.
+    Determinism: reduced in rank order; same bits on all ranks, run after run.
+    """
+    staging = node.staging(array.dtype)
+    piece_count = staging[0].size // _NUM_STAGED
+    flags = node.flags
+
+    stages = _Stages(flags, number)
+
+    def chain(piece: int) -> Task[None]:
+        first, slot = piece * piece_count, piece % _NUM_STAGED * piece_count
+        length = min(piece_count, array.size - first)
+        bounds = [_slice_bounds(length, node, owner, array.itemsize, across) for owner in range(node.size)]
+        here = [array[first + begin : first + end] for begin, end in bounds]
+        there = [slice(slot + begin, slot + end) for begin, end in bounds]
+        others = [owner for owner in range(node.size) if owner != node.rank]
+        if piece >= _NUM_STAGED:
+            yield from stages.left_by_all(_EMPTIED, piece - _NUM_STAGED)
+        else:
+            yield from _wait(flags, _EMPTIED, *previous)
+        for owner in others:
+            staging[node.rank][there[owner]] = here[owner]
+        yield from stages.leave(_FILLED, piece)
+        yield from stages.left_by_all(_FILLED, piece)
+        mine, shown = here[node.rank], staging[node.rank][there[node.rank]]
+        sources = [
+            mine if owner == node.rank else memory[there[node.rank]] for owner, memory in enumerate(staging)
+        ]
+        if across is None:
+            yield from _reduce_blocks(sources, [mine, shown], reduction, is_final=True)
+        else:
+            yield from _reduce_blocks(sources, [mine], reduction, is_final=False)
+            yield from _finish_across(mine, reduction, number, piece, across)
+            shown[:] = mine
+        yield from stages.leave(_REDUCED, piece)
+        yield from stages.left_by_all(_REDUCED, piece)
+        for owner in others:
+            here[owner][:] = staging[owner][there[owner]]
+        yield from stages.leave(_EMPTIED, piece)
+
+    num_pieces = -(-array.size // piece_count)
+    previous = node.last_staged
+    if num_pieces:
+        node.last_staged = (number, num_pieces - 1)
+    yield from _pipeline((chain(piece) for piece in range(num_pieces)), _NUM_STAGED)
+
+
+class _Stages:
+    """Lets the pieces of one operation leave each stage in order, so that a flag's count of pieces only grows."""
+
+    def __init__(self, flags: Flags, number: int) -> None:
+        self._flags = flags
+        self._number = number
+        self._next = [0, 0, 0]
+
+    def left_by_all(self, stage: int, piece: int) -> Task[None]:
+        """Wait until all ranks have left a stage with a piece."""
+        return _wait(self._flags, stage, self._number, piece)
+
+    def leave(self, stage: int, piece: int) -> Task[None]:
+        """Say, when it is the piece's turn, that this rank has done its part of a stage."""
+        while self._next[stage] != piece:
+            yield False
+        self._flags.signal(stage, self._number, piece)
+        self._next[stage] = piece + 1
+
+
+def _finish_across(
+    mine: NDArray[Any], reduction: Reduction, number: int, piece: int, across: Across
+) -> Task[None]:
+    """Reduce this rank's slice of a piece over the nodes."""
+    if mine.size:
+        yield from across.allreduce(mine, reduction, number * _NUM_ACROSS + piece % _NUM_ACROSS)
+        reduction.finish(mine)
+
+
+def _reduce_blocks(
+    sources: Sequence[NDArray[Any]], targets: Sequence[NDArray[Any]], reduction: Reduction, *, is_final: bool
+) -> Iterator[bool]:
+    """Reduce the sources, in order, block by block, and store the result into the targets.
+
+    Yields after each block, so that whoever drives can advance other operations.
+    """
+    count = sources[0].size
+    block_count = _BLOCK_NBYTES // sources[0].itemsize
+    if len(sources) == 1 and sources[0] is targets[0] and not is_final:
+        return  # alone on the node
+    # Adding straight into a target saves a pass. With more than two sources only the first of them can take the sum: another
+    # one would be overwritten before it is added.
+    in_place = len(sources) == 2 or targets[0] is sources[0]
+    scratch = None if in_place else np.empty(min(block_count, count), sources[0].dtype)
+    for first in range(0, count, block_count):
+        last = min(first + block_count, count)
+        total = targets[0][first:last] if scratch is None else scratch[: last - first]
+        reduction.combine([source[first:last] for source in sources], total)
+        if is_final:
+            reduction.finish(total)
+        for target in targets if scratch is not None else targets[1:]:
+            target[first:last] = total
+        yield True
+
+
+def _slice_bounds(count: int, node: Node, owner: int, itemsize: int, across: Across | None) -> tuple[int, int]:
+    """Return begin and end, in elements, of a rank's slice of `count` elements."""
+    num_slices = node.size if across is None else across.num_slices
+    if owner >= num_slices:
+        return count, count
+    line = max(1, _LINE_NBYTES // itemsize)
+    counts = even_counts(-(-count // line), num_slices)
+    begin = sum(counts[:owner]) * line
+    return min(begin, count), min(begin + counts[owner] * line, count)
+
+
+def _pipeline(chains: Iterable[Task[None]], depth: int) -> Task[None]:
+    """Advance chains in turn, `depth` of them at a time, in order."""
+    waiting = iter(chains)
+    active: list[Task[None]] = []
+    while True:
+        while len(active) < depth and (chain := next(waiting, None)) is not None:
+            active.append(chain)
+        if not active:
+            return
+        moved = False
+        for chain in tuple(active):
+            try:
+                moved |= next(chain)
+            except StopIteration:
+                active.remove(chain)
+                moved = True
+        if active:
+            yield moved
+
+
+def _wait(flags: Flags, phase: int, number: int, part: int = 0) -> Task[None]:
+    while not flags.reached(phase, number, part):
+        yield False

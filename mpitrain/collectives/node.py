@@ -1,0 +1,156 @@
+"""The ranks of one node as seen from a communicator: shared blocks, and flags that say how far each rank is."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpitrain.comm import Topology, Transport
+from mpitrain.config import Settings
+from mpitrain.errors import CommError, UnavailableError
+from mpitrain.memory import SharedBlock, free_shared_nbytes
+
+__all__ = ["Flags", "Node", "make_node"]
+
+_log = logging.getLogger("mpitrain")
+
+# A flag has a cache line of its own, so that setting one does not disturb the readers of another.
+_FLAG_NBYTES = 64
+_FLAG_STRIDE = _FLAG_NBYTES // 8
+# More than there can be operations in flight at once.
+_NUM_SLOTS = 128
+_NUM_PHASES = 3
+_FLAGS_NBYTES = _NUM_SLOTS * _NUM_PHASES * _FLAG_NBYTES
+# Parts of an operation that flags can tell apart.
+_MOST_PARTS = 1 << 32
+_MIB = 1 << 20
+
+
+class Flags:
+    """Counters in shared memory: each rank says how far it is, and waits until all are as far.
+
+    An operation has a number and uses the slot of that number modulo the number of slots; what is written to a
+    slot only grows. So a rank that is late sees what it waits for even if another has reached the slot's next operation.
+
+    Args:
+        block: Its first bytes are the flags, zero at first.
+        rank: This rank on the node.
+    """
+
+    def __init__(self, block: SharedBlock, rank: int) -> None:
+        self._fence = block.fence
+        self._flags = [view[:_FLAGS_NBYTES].data.cast("q") for view in block.views]
+        self._own = self._flags[rank]
+        self._others = [flags for index, flags in enumerate(self._flags) if index != rank]
+
+    def signal(self, phase: int, number: int, part: int = 0) -> None:
+        """Say that this rank has ended a phase of an operation, up to `part` of it.
+
+        Whoever sees that also sees what this rank has written before.
+        """
+        self._fence()
+        self._own[self._index(phase, number)] = number * _MOST_PARTS + part + 1
+
+    def reached(self, phase: int, number: int, part: int = 0) -> bool:
+        """Whether all ranks have said so."""
+        index = self._index(phase, number)
+        target = number * _MOST_PARTS + part + 1
+        for flags in self._others:
+            if flags[index] < target:
+                return False
+        self._fence()
+        return True
+
+    @staticmethod
+    def _index(phase: int, number: int) -> int:
+        return (phase * _NUM_SLOTS + number % _NUM_SLOTS) * _FLAG_STRIDE
+
+
+class Node:
+    """What the ranks of one node share.
+
+    Args:
+        transport: The ranks of the node and no others; the node owns it from now on.
+        staging_nbytes: Memory per rank through which ordinary arrays are passed, 0 for none.
+    """
+
+    def __init__(self, transport: Transport, staging_nbytes: int) -> None:
+        self._transport = transport
+        self.rank = transport.rank
+        self.size = transport.size
+        self._block = _allocate(transport, _FLAGS_NBYTES + staging_nbytes)
+        self.flags = Flags(self._block, self.rank)
+        self.staging_nbytes = staging_nbytes
+        # Operation and piece that used the staging memory last; at first, one that nobody waits for.
+        self.last_staged = (0, -1)
+
+    def staging(self, storage: np.dtype[Any]) -> list[NDArray[Any]]:
+        """Return every rank's staging memory as elements of one type."""
+        return self._block.typed(storage, _FLAGS_NBYTES, self.staging_nbytes // storage.itemsize)
+
+    def allocate(self, nbytes: int) -> SharedBlock:
+        """Allocate a block per rank. Every rank of the node must call.
+
+        Raises:
+            UnavailableError: There is not enough memory to share; on every rank of the node.
+        """
+        return _allocate(self._transport, nbytes)
+
+    def free(self) -> None:
+        """Give back the memory. Every rank of the node must call."""
+        self._block.free()
+        self._transport.free()
+
+
+def make_node(transport: Transport, topology: Topology, settings: Settings) -> Node | None:
+    """Make the node of this rank.
+
+    Args:
+        transport: All ranks; every one must call.
+        topology: Of these.
+        settings: Whether memory is shared at all, and how much is for staging.
+
+    Returns:
+        None, on all ranks, where no two ranks share a node, or where one of the nodes cannot share memory (a warning
+        says so).
+    """
+    if not settings.shared_memory or all(len(ranks) == 1 for ranks in topology.nodes):
+        return None
+    on_node = transport.split(topology.node_index, transport.rank)
+    assert on_node is not None
+    try:
+        node, problem = Node(on_node, settings.staging_nbytes), ""
+    except UnavailableError as error:
+        node, problem = None, str(error)
+    problems = [text for text in transport.gather_everywhere(problem) if text]
+    if not problems:
+        return node
+    if transport.rank == 0:
+        _log.warning("%s; ranks exchange messages instead, which is slower", problems[0])
+    if node is not None:
+        node.free()
+    else:
+        on_node.free()
+    return None
+
+
+def _allocate(transport: Transport, nbytes: int) -> SharedBlock:
+    """Allocate, or raise the same error on all ranks of the node."""
+    wanted_nbytes = sum(transport.gather_everywhere(nbytes))
+    available_nbytes = transport.gather_everywhere(free_shared_nbytes())[0]
+    if available_nbytes is not None and wanted_nbytes > available_nbytes:
+        raise UnavailableError(
+            f"shared memory: not enough on this node, asked for {wanted_nbytes / _MIB:.1f} MiB of which "
+            f"{available_nbytes / _MIB:.1f} MiB are free; enlarge /dev/shm (containers: --shm-size)"
+        )
+    try:
+        block, problem = transport.allocate_shared(nbytes), ""
+    except CommError as error:
+        block, problem = None, str(error)
+    problems = [text for text in transport.gather_everywhere(problem) if text]
+    if problems or block is None:
+        raise UnavailableError(f"shared memory: the MPI library cannot share it ({problems[0]}); see its configuration")
+    return block

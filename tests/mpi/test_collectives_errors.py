@@ -1,0 +1,163 @@
+"""What goes wrong on one rank is an error on every rank, and nobody hangs."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from mpitrain.collectives import Communicator
+from mpitrain.config import Settings
+from mpitrain.errors import (
+    CollectiveMismatchError,
+    CommError,
+    CommRevokedError,
+    CommTimeoutError,
+    RankFailedError,
+)
+from tests.support.ranks import outcome
+
+pytestmark = [pytest.mark.mpi(min_size=2), pytest.mark.timeout(40)]
+
+ALGORITHMS = ("native", "ring", "auto")
+
+
+@pytest.fixture(scope="module")
+def comm():
+    comm = Communicator.from_mpi(settings=Settings(wait="sleep"))
+    yield comm
+    comm.free()
+    comm.engine.close()
+
+
+@pytest.fixture
+def doomed(comm):
+    """A communicator that the test gives up."""
+    doomed = comm.duplicate()
+    yield doomed
+    comm.barrier()
+    doomed.free()
+
+
+def unchecked(comm, **settings):
+    return comm.duplicate(comm.settings.replace(check=False, **settings))
+
+
+def call(comm, form, array, **options):
+    answer = getattr(comm, form)(array, **options)
+    return answer.wait(20) if form.endswith("async") else answer
+
+
+@pytest.mark.parametrize("form", ["allreduce", "allreduce_async"])
+@pytest.mark.parametrize("what", ["shape", "dtype", "op", "algorithm"])
+def test_mismatch_is_an_error_on_every_rank(comm, what, form):
+    odd = comm.rank == comm.size - 1
+    array = np.zeros(5 + (odd and what == "shape"), np.float64 if odd and what == "dtype" else np.float32)
+    options = {
+        "op": "max" if odd and what == "op" else "sum",
+        "algorithm": "ring" if odd and what == "algorithm" else "native",
+    }
+    with pytest.raises(CollectiveMismatchError) as caught:
+        call(comm, form, array, **options)
+    assert f"ranks {comm.size - 1}: " in str(caught.value)
+    assert float(comm.allreduce(np.array(1.0))) == comm.size
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("form", ["allreduce", "allreduce_async"])
+def test_mistake_of_one_rank_is_an_error_on_every_rank(comm, form, algorithm):
+    kind, op = (ValueError, "median") if comm.rank == 0 else (CollectiveMismatchError, "sum")
+    with pytest.raises(kind):
+        call(comm, form, np.ones(4), op=op, algorithm=algorithm)
+    assert float(comm.allreduce(np.array(1.0))) == comm.size
+    assert float(comm.allreduce_async(np.array(1.0), algorithm=algorithm).wait(20)) == comm.size
+
+
+def test_mistake_and_mismatch_among_operations_in_flight(comm):
+    handles = [comm.allreduce_async(np.ones(3), algorithm="native") for _ in range(3)]
+    bad = comm.allreduce_async(np.ones(3 + comm.rank), algorithm="native")
+    handles += [comm.allreduce_async(np.ones(3), algorithm="native") for _ in range(3)]
+    assert isinstance(outcome(lambda: bad.wait(20)), CollectiveMismatchError)
+    assert [handle.wait(20).tolist() for handle in handles] == [[comm.size] * 3] * 6
+
+
+def test_messages_of_different_length_are_noticed_without_the_check(doomed):
+    comm = unchecked(doomed)
+    count = 4 if comm.rank == 0 else 8
+    error = outcome(lambda: comm.allreduce(np.ones(count), algorithm="recursive_doubling"))
+    assert isinstance(error, (CollectiveMismatchError, CommError))
+    assert isinstance(outcome(comm.barrier), CommRevokedError)
+
+
+@pytest.mark.parametrize("nbytes", [1000, 8_000_000])
+@pytest.mark.parametrize("form", ["allreduce", "allreduce_async"])
+def test_rank_whose_messages_fail_makes_all_others_raise(doomed, form, nbytes):
+    comm = unchecked(doomed)
+    if comm.rank == comm.size - 1:
+        sends = []
+        isend = comm.transport.isend
+
+        def failing(*arguments):
+            sends.append(arguments)
+            if len(sends) > 1:
+                raise CommError("send: the cable was cut")
+            return isend(*arguments)
+
+        comm.transport.isend = failing
+    error = outcome(lambda: call(comm, form, np.ones(nbytes // 8), algorithm="ring"))
+    assert isinstance(error, CommError)
+    assert "cable" in str(error)
+    # Memory of the messages that are left over may still be written to: it must stay.
+    del error
+    junk = [np.full(nbytes // 8, 7.0) for _ in range(3)]
+    doomed.barrier()
+    assert all(float(each.min()) == float(each.max()) == 7.0 for each in junk)
+
+
+@pytest.mark.parametrize("form", ["allreduce", "allreduce_async"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_rank_that_leaves_is_an_error_on_every_other(doomed, algorithm, form):
+    if doomed.rank == 0:
+        time.sleep(0.05)
+        doomed.leave("has finished early")
+        return
+    error = outcome(lambda: call(doomed, form, np.ones(50), algorithm=algorithm))
+    assert isinstance(error, (RankFailedError, CommRevokedError))
+    assert "has finished early" in str(error)
+
+
+def test_revoke_ends_operations_in_flight(doomed):
+    if doomed.rank == 0:
+        time.sleep(0.05)
+        doomed.revoke("has had enough")
+    error = outcome(lambda: doomed.allreduce_async(np.ones(5)).wait(20))
+    assert isinstance(error, CommRevokedError)
+    assert "rank 0: has had enough" in str(error)
+
+
+@pytest.mark.parametrize("form", ["allreduce", "allreduce_async"])
+@pytest.mark.parametrize("algorithm", ["native", "ring"])
+@pytest.mark.parametrize("check", [True, False])
+def test_time_limit_ends_waiting_for_a_rank_that_does_not_come(doomed, check, algorithm, form):
+    comm = doomed.duplicate(doomed.settings.replace(check=check, timeout_s=0.2))
+    if comm.rank == 0:
+        time.sleep(0.6)
+    error = outcome(lambda: call(comm, form, np.ones(5), algorithm=algorithm))
+    if comm.rank == 0 and not isinstance(error, Exception):
+        # The library's own collectives cannot be called off: this late part may still meet those of others.
+        assert error.tolist() == [comm.size] * 5
+        return
+    assert isinstance(error, (CommTimeoutError, CommRevokedError))
+
+
+def test_nothing_is_sent_after_mpi_has_ended(doomed, monkeypatch):
+    # A script may call MPI.Finalize() itself; what happens at exit must then leave MPI alone.
+    monkeypatch.setattr(MPI, "Is_finalized", lambda: True)
+    with pytest.raises(CommError, match="has been finalized"):
+        doomed.transport.notify(0, b"left 0 late")
+    assert doomed.transport.notices() == []
+    doomed.leave("has finished")
+    monkeypatch.undo()
+    doomed.barrier()

@@ -1,0 +1,163 @@
+"""Mismatches, misuse and departures: an error on every rank, a message that says who brought what, and no hang."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import mpitrain.torch as hvd  # noqa: E402
+
+pytestmark = [pytest.mark.timeout(60), pytest.mark.mpi(min_size=2)]
+
+
+@pytest.fixture(autouse=True)
+def _initialized():
+    hvd.init()
+    yield
+    hvd.shutdown()
+
+
+def assert_usable():
+    assert hvd.allreduce(torch.ones(2), op=hvd.Sum).tolist() == [hvd.size()] * 2
+
+
+def is_odd():
+    return hvd.rank() == hvd.size() - 1
+
+
+MISMATCHES = {
+    "shape": (lambda: hvd.allreduce(torch.ones(3 + is_odd())), "Mismatched ALLREDUCE tensor shapes"),
+    "dimensions": (lambda: hvd.allreduce(torch.ones(4).reshape((2, 2) if is_odd() else (4,))), "tensor shapes"),
+    "dtype": (lambda: hvd.allreduce(torch.ones(3).to(torch.int64 if is_odd() else torch.float32)), "data types"),
+    "op": (lambda: hvd.allreduce(torch.ones(3), op=hvd.Min if is_odd() else hvd.Sum), "reduction operation"),
+    "factors": (lambda: hvd.allreduce(torch.ones(3), prescale_factor=1.0 + is_odd()), "Mismatched prescale and/or"),
+    "root": (lambda: hvd.broadcast(torch.ones(3), int(is_odd())), "Mismatched BROADCAST root ranks"),
+    "broadcast shape": (lambda: hvd.broadcast(torch.ones(3 + is_odd()), 0), "Mismatched BROADCAST tensor shapes"),
+    "collective": (
+        lambda: hvd.allgather(torch.ones(3)) if is_odd() else hvd.allreduce(torch.ones(3)),
+        "Mismatched operations: One rank did an ALLREDUCE, but another rank did an ALLGATHER.",
+    ),
+    "allgather columns": (lambda: hvd.allgather(torch.ones(2, 3 + is_odd())), "Mismatched ALLGATHER tensor shapes"),
+    "allgather dtype": (lambda: hvd.allgather(torch.ones(2).to(torch.int8 if is_odd() else torch.int16)), "types"),
+    "alltoall columns": (
+        lambda: hvd.alltoall(torch.ones(hvd.size(), 3 + is_odd())),
+        "Mismatched ALLTOALL tensor shapes",
+    ),
+    "reducescatter": (lambda: hvd.reducescatter(torch.ones(3 + is_odd())), "Mismatched REDUCESCATTER tensor shapes"),
+    "group": (lambda: hvd.grouped_allreduce([torch.ones(3)] * (1 + is_odd())), "Mismatched group sizes"),
+    "in place": (lambda: hvd.allreduce_(torch.ones(3 + is_odd())), "Mismatched ALLREDUCE tensor shapes"),
+}
+
+
+@pytest.mark.parametrize("case", MISMATCHES)
+def test_mismatch_is_an_error_with_a_table_on_every_rank(case):
+    call, message = MISMATCHES[case]
+    with pytest.raises(hvd.HorovodInternalError) as caught:
+        call()
+    text = str(caught.value)
+    assert message in text
+    assert [line.split(":")[0] for line in text.split("\n")[1:]] == [f"  rank {rank}" for rank in range(hvd.size())]
+    assert hvd.allgather_object(text) == [text] * hvd.size()
+    assert_usable()
+
+
+def test_mismatch_in_place_leaves_the_tensor_alone():
+    mine = torch.arange(3.0 + is_odd())
+    kept = mine.clone()
+    with pytest.raises(hvd.HorovodInternalError):
+        hvd.allreduce_(mine)
+    assert torch.equal(mine, kept)
+
+
+def test_mismatch_among_operations_in_flight_fails_alone():
+    good = [hvd.allreduce_async(torch.ones(4), name=f"good {index}", op=hvd.Sum) for index in range(10)]
+    bad = hvd.allreduce_async(torch.ones(4 + is_odd()), name="bad")
+    more = [hvd.allgather_async(torch.ones(4), name=f"more {index}") for index in range(10)]
+    with pytest.raises(hvd.HorovodInternalError, match=r"allreduce\.bad: Mismatched"):
+        hvd.synchronize(bad)
+    assert all(hvd.synchronize(handle).tolist() == [hvd.size()] * 4 for handle in good)
+    assert all(hvd.synchronize(handle).numel() == 4 * hvd.size() for handle in more)
+    # The name is free again, and what it does is right again.
+    assert hvd.allreduce(torch.ones(4), name="bad").tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize("root", [-1, 10**6])
+def test_root_out_of_range_is_an_error_on_every_rank(root):
+    calls = [
+        lambda: hvd.broadcast(torch.ones(1), root),
+        lambda: hvd.broadcast_(torch.ones(1), root),
+        lambda: hvd.broadcast_object({}, root),
+        lambda: hvd.broadcast_parameters({"a": torch.ones(1)}, root),
+        lambda: hvd.broadcast_optimizer_state(torch.optim.SGD([torch.ones(1)], lr=0.1), root),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=f"broadcast received invalid root rank {root} for provided process set"):
+            call()
+    assert_usable()
+
+
+def test_tensors_that_cannot_be_communicated():
+    sparse = torch.eye(3).to_sparse()
+    with pytest.raises(TypeError, match="must be dense"):
+        hvd.allreduce(sparse)
+    with pytest.raises(ValueError, match=r"factor: must be finite"):
+        hvd.allreduce(torch.ones(2, dtype=torch.int32), prescale_factor=float("inf"))
+    assert_usable()
+
+
+@pytest.mark.parametrize("leaver", ["first", "last"])
+def test_shutdown_of_one_rank_ends_the_waiting_of_the_others(leaver):
+    is_leaver = hvd.rank() == (0 if leaver == "first" else hvd.size() - 1)
+    rank_of_leaver = 0 if leaver == "first" else hvd.size() - 1
+    if is_leaver:
+        time.sleep(0.02)
+        hvd.shutdown()
+    else:
+        for _ in range(3):
+            with pytest.raises(hvd.HorovodInternalError, match=f"rank {rank_of_leaver} has shut down"):
+                hvd.allreduce(torch.ones(2))
+
+
+def test_shutdown_of_one_rank_ends_the_waiting_of_the_others_for_gradients():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD([parameter], lr=0.1))
+    if is_odd():
+        time.sleep(0.02)
+        hvd.shutdown()
+    else:
+        parameter.sum().backward()
+        with pytest.raises(hvd.HorovodInternalError, match=f"rank {hvd.size() - 1} has shut down"):
+            optimizer.step()
+
+
+def test_shutdown_ends_what_is_in_flight_here():
+    rank = hvd.rank()
+    handle = hvd.allreduce_async(torch.ones(2), name=f"nobody else starts this {rank}")
+    hvd.shutdown()
+    with pytest.raises(hvd.HorovodInternalError, match=r"cannot complete: .*rank .*has shut down"):
+        hvd.synchronize(handle)
+
+
+def test_an_optimizer_is_of_no_use_after_shutdown():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD([parameter], lr=0.1))
+    hvd.shutdown()
+    with pytest.raises(ValueError, match="optimizer: cannot be used any more, this rank has shut down; wrap"):
+        parameter.sum().backward()
+    hvd.init()
+    parameter.grad = None
+    with pytest.raises(ValueError, match="wrap the optimizer again"):
+        optimizer.step()
+
+
+@pytest.mark.mpi(min_size=3)
+def test_process_sets_leave_with_shutdown():
+    pair = hvd.add_process_set([0, 1])
+    if hvd.rank() == 1:
+        hvd.shutdown()
+    elif hvd.rank() == 0:
+        with pytest.raises(hvd.HorovodInternalError, match="rank 1 has shut down"):
+            hvd.allreduce(torch.ones(2), process_set=pair)

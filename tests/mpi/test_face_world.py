@@ -1,0 +1,237 @@
+"""Life cycle, ranks and process sets."""
+
+from __future__ import annotations
+
+import pytest
+from mpi4py import MPI
+
+torch = pytest.importorskip("torch")
+
+import mpitrain.torch as hvd  # noqa: E402
+from mpitrain.errors import NotInitializedError  # noqa: E402
+
+pytestmark = pytest.mark.timeout(60)
+
+CALLS = {
+    "rank": hvd.rank,
+    "size": hvd.size,
+    "local_rank": hvd.local_rank,
+    "local_size": hvd.local_size,
+    "cross_rank": hvd.cross_rank,
+    "cross_size": hvd.cross_size,
+    "is_homogeneous": hvd.is_homogeneous,
+    "allreduce": lambda: hvd.allreduce(torch.ones(1)),
+    "allreduce_": lambda: hvd.allreduce_(torch.ones(1)),
+    "allreduce_async": lambda: hvd.allreduce_async(torch.ones(1)),
+    "grouped_allreduce": lambda: hvd.grouped_allreduce([torch.ones(1)]),
+    "allgather": lambda: hvd.allgather(torch.ones(1)),
+    "broadcast": lambda: hvd.broadcast(torch.ones(1), 0),
+    "alltoall": lambda: hvd.alltoall(torch.ones(1)),
+    "reducescatter": lambda: hvd.reducescatter(torch.ones(1)),
+    "barrier": hvd.barrier,
+    "broadcast_object": lambda: hvd.broadcast_object(1),
+    "allgather_object": lambda: hvd.allgather_object(1),
+    "broadcast_parameters": lambda: hvd.broadcast_parameters({"a": torch.ones(1)}, 0),
+    "broadcast_optimizer_state": lambda: hvd.broadcast_optimizer_state(sgd(), 0),
+    "DistributedOptimizer": lambda: hvd.DistributedOptimizer(sgd()),
+    "add_process_set": lambda: hvd.add_process_set([0]),
+    "remove_process_set": lambda: hvd.remove_process_set(hvd.ProcessSet([0])),
+}
+
+
+def sgd():
+    return torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+
+
+@pytest.fixture(autouse=True)
+def _ended():
+    yield
+    hvd.shutdown()
+
+
+@pytest.fixture
+def world():
+    hvd.init()
+    return MPI.COMM_WORLD
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("was_initialized", [False, True], ids=["before init", "after shutdown"])
+def test_calls_outside_of_init_and_shutdown_are_refused(name, was_initialized):
+    if was_initialized:
+        hvd.init()
+        hvd.shutdown()
+    assert not hvd.is_initialized()
+    with pytest.raises(NotInitializedError, match="has not been initialized; call") as caught:
+        CALLS[name]()
+    assert isinstance(caught.value, ValueError)
+
+
+def test_ranks_are_those_of_mpi(world):
+    node = world.Split_type(MPI.COMM_TYPE_SHARED)
+    assert hvd.is_initialized()
+    assert (hvd.rank(), hvd.size()) == (world.rank, world.size)
+    assert (hvd.local_rank(), hvd.local_size()) == (node.rank, node.size)
+    assert hvd.cross_size() * hvd.local_size() == hvd.size()
+    assert hvd.cross_rank() == 0
+    assert hvd.is_homogeneous()
+    assert hvd.waiting_seconds() >= 0.0
+    node.Free()
+
+
+def test_second_init_changes_nothing(world):
+    handle = hvd.allreduce_async(torch.ones(1), op=hvd.Sum)
+    hvd.init()
+    hvd.init(comm=[0])
+    assert hvd.synchronize(handle).item() == world.size
+
+
+def test_shutdown_then_init_again():
+    for turn in range(5):
+        hvd.init()
+        assert hvd.allreduce(torch.tensor([1.0 + turn]), name="a", op=hvd.Sum).item() == hvd.size() * (1 + turn)
+        hvd.shutdown()
+        hvd.shutdown()
+        assert not hvd.is_initialized()
+        assert hvd.global_process_set.process_set_id is None
+
+
+def test_init_with_a_list_of_ranks():
+    world = MPI.COMM_WORLD
+    odd_or_even = [rank for rank in range(world.size) if rank % 2 == world.rank % 2]
+    hvd.init(comm=odd_or_even)
+    assert (hvd.rank(), hvd.size()) == (odd_or_even.index(world.rank), len(odd_or_even))
+    assert hvd.allreduce(torch.tensor([world.rank]), op=hvd.Sum).item() == sum(odd_or_even)
+
+
+@pytest.mark.parametrize("ranks", [[0, 0], [10**6], [-1], []], ids=str)
+def test_init_with_unusable_ranks(ranks):
+    with pytest.raises(ValueError, match="ranks: must be different ranks of 0 to"):
+        hvd.init(comm=ranks)
+    assert not hvd.is_initialized()
+
+
+def test_init_with_a_communicator():
+    world = MPI.COMM_WORLD
+    reversed_ranks = world.Split(0, key=-world.rank)
+    hvd.init(comm=reversed_ranks)
+    assert hvd.rank() == world.size - 1 - world.rank
+    # It was duplicated: messages and the end of the one that was given do not matter.
+    reversed_ranks.Free()
+    assert hvd.broadcast(torch.tensor([world.rank]), 0).item() == world.size - 1
+
+
+def test_global_process_set(world):
+    everybody = hvd.global_process_set
+    assert everybody.process_set_id == 0
+    assert everybody.ranks == list(range(world.size))
+    assert (everybody.size(), everybody.rank(), everybody.included()) == (world.size, world.rank, True)
+    assert not hvd.remove_process_set(everybody)
+    assert hvd.allreduce(torch.ones(1), process_set=everybody, op=hvd.Sum).item() == world.size
+
+
+@pytest.mark.mpi(min_size=3)
+def test_operations_of_a_process_set_are_for_its_members(world):
+    members = [world.size - 1, 0]
+    made = hvd.ProcessSet(members)
+    assert (made.size(), made.rank(), made.included(), made.process_set_id) == (None, None, False, None)
+    assert hvd.add_process_set(made) is made
+    assert made.ranks == sorted(members)
+    assert made.process_set_id == 1
+    tensor = torch.tensor([float(world.rank)])
+    if world.rank in members:
+        assert (made.size(), made.rank(), made.included()) == (2, members[::-1].index(world.rank), True)
+        assert hvd.allreduce(tensor, op=hvd.Sum, process_set=made).item() == world.size - 1
+        assert hvd.allgather(tensor, process_set=made).tolist() == [0.0, world.size - 1]
+        # Roots are global ranks.
+        assert hvd.broadcast(tensor, world.size - 1, process_set=made).item() == world.size - 1
+        assert hvd.reducescatter(torch.ones(2), op=hvd.Sum, process_set=made).tolist() == [2.0]
+        assert hvd.alltoall(torch.arange(2), process_set=made).tolist() == [made.rank()] * 2
+        assert hvd.allgather_object(world.rank, process_set=made) == [0, world.size - 1]
+        assert hvd.broadcast_object(world.rank, world.size - 1, process_set=made) == world.size - 1
+        hvd.barrier(process_set=made)
+        if world.size > 2:
+            with pytest.raises(ValueError, match="invalid root rank 1 for provided process set"):
+                hvd.broadcast(tensor, 1, process_set=made)
+    else:
+        assert (made.size(), made.rank(), made.included()) == (2, None, False)
+        for call in (
+            lambda: hvd.allreduce(tensor, process_set=made),
+            lambda: hvd.allgather(tensor, process_set=made),
+            lambda: hvd.broadcast(tensor, 0, process_set=made),
+            lambda: hvd.barrier(process_set=made),
+        ):
+            with pytest.raises(ValueError, match=f"Rank {world.rank} is not a member of the provided process set"):
+                call()
+    assert hvd.remove_process_set(made)
+    assert not hvd.remove_process_set(made)
+    assert made.process_set_id is None
+    with pytest.raises(ValueError, match="does not exist, or has not been registered"):
+        hvd.allreduce(tensor, process_set=made)
+    # Its ranks may be used again.
+    again = hvd.add_process_set(members)
+    if again.included():
+        assert hvd.allreduce(tensor, op=hvd.Sum, process_set=again).item() == world.size - 1
+
+
+@pytest.mark.mpi(min_size=3)
+def test_process_sets_do_not_wait_for_each_other(world):
+    pair = hvd.add_process_set([0, 1])
+    others = hvd.add_process_set(list(range(1, world.size)))
+    ones = torch.ones(2)
+    if world.rank == 0:
+        # Rank 1 starts its part of the pair's operation only after the others have done all of theirs.
+        assert hvd.allreduce(ones, op=hvd.Sum, process_set=pair).tolist() == [2.0] * 2
+    else:
+        for _ in range(10):
+            assert hvd.allreduce(ones, op=hvd.Sum, process_set=others).tolist() == [world.size - 1.0] * 2
+        if world.rank == 1:
+            assert hvd.allreduce(ones, op=hvd.Sum, process_set=pair).tolist() == [2.0] * 2
+
+
+@pytest.mark.mpi(min_size=3)
+def test_same_names_in_two_sets_and_opposite_orders(world):
+    first = hvd.add_process_set([0, 1])
+    if world.rank < 2:
+        sets = [first, hvd.global_process_set][:: 1 if world.rank else -1]
+        handles = {id(each): hvd.allreduce_async(torch.ones(1), name="a", op=hvd.Sum, process_set=each) for each in sets}
+        assert hvd.synchronize(handles[id(first)]).item() == 2
+        assert hvd.synchronize(handles[id(hvd.global_process_set)]).item() == world.size
+    else:
+        assert hvd.allreduce(torch.ones(1), name="a", op=hvd.Sum).item() == world.size
+
+
+def test_unusable_process_sets_are_errors_on_every_rank(world):
+    for ranks in ([], [0, 0], [-1], [world.size]):
+        with pytest.raises(ValueError, match="process set: must have different ranks"):
+            hvd.add_process_set(ranks)
+    with pytest.raises(ValueError, match="process set: exists already"):
+        hvd.add_process_set(range(world.size))
+    if world.size > 1:
+        with pytest.raises(ValueError, match=r"process set: must be the same on every rank, got \[\[0\], \[1\]"):
+            hvd.add_process_set([min(world.rank, 1)])
+        hvd.add_process_set([1])
+        with pytest.raises(ValueError, match="process set: exists already"):
+            hvd.add_process_set([1])
+    with pytest.raises(ValueError, match="Process set provided does not exist"):
+        hvd.allreduce(torch.ones(1), process_set=hvd.ProcessSet([0]))
+
+
+@pytest.mark.mpi(min_size=2)
+def test_process_sets_end_with_shutdown(world):
+    made = hvd.add_process_set([0])
+    hvd.shutdown()
+    assert made.process_set_id is None
+    hvd.init()
+    with pytest.raises(ValueError, match="does not exist"):
+        hvd.allreduce(torch.ones(1), process_set=made)
+    assert hvd.add_process_set(made) is made
+
+
+def test_many_process_sets_can_be_made_in_turn(world):
+    # An MPI library has room for some thousand communicators: what is removed must be given back.
+    ranks = list(range(world.size - 1)) or None
+    if ranks is None:
+        pytest.skip("one rank has no set besides the global one")
+    for _ in range(400):
+        assert hvd.remove_process_set(hvd.add_process_set(ranks))

@@ -1,0 +1,128 @@
+"""The direct algorithm and its pieces, with in-process ranks on pretended nodes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mpitrain.collectives import direct
+from mpitrain.collectives.across import AcrossNodes
+from mpitrain.collectives.direct import Reduction, shared_allreduce, staged_allreduce
+from mpitrain.collectives.node import Node
+from mpitrain.collectives.progress import drive
+from mpitrain.comm import ThreadTransport, Topology, run_ranks
+from mpitrain.config import Settings
+from mpitrain.memory import ReduceOp, ScratchPool, dtype_named
+
+pytestmark = pytest.mark.timeout(120)
+
+SETTINGS = Settings(segment_nbytes=256)
+CASES = [  # ranks, ranks per node
+    (2, 2), (3, 3), (4, 4), (7, 7), (4, 2), (6, 3), (5, 2), (7, 3), (4, 3), (8, 2),
+]  # fmt: skip
+
+
+def group(transport: ThreadTransport, staging_nbytes: int) -> tuple[Node, AcrossNodes | None]:
+    """Make the node and the crossing of this rank, as a communicator does."""
+    topology = Topology.discover(transport)
+    on_node = transport.split(topology.node_index, transport.rank)
+    assert on_node is not None
+    node = Node(on_node, staging_nbytes)
+    if len(topology.nodes) == 1:
+        return node, None
+    num_slices = min(len(ranks) for ranks in topology.nodes)
+    owns = topology.local_rank < num_slices
+    crossing = transport.split(topology.local_rank if owns else None, topology.node_index)
+    return node, AcrossNodes(crossing, num_slices, SETTINGS, ScratchPool())
+
+
+def content(rank: int, count: int, storage: np.dtype[Any]) -> np.ndarray:
+    """Different by rank and by index, and small enough that every sum is exact."""
+    return ((np.arange(count) * (rank + 2) + 3 * rank) % 31).astype(storage)
+
+
+def expected(size: int, count: int, name: str, op: ReduceOp) -> np.ndarray:
+    parts = np.stack(
+        [content(rank, count, dtype_named(name).storage).astype(np.float64) for rank in range(size)]
+    )
+    combined = {
+        ReduceOp.SUM: parts.sum(0),
+        ReduceOp.AVERAGE: parts.sum(0) / size,
+        ReduceOp.MIN: parts.min(0),
+        ReduceOp.MAX: parts.max(0),
+    }[op]
+    return combined.astype(dtype_named(name).storage)
+
+
+@pytest.mark.parametrize(("size", "ranks_per_node"), CASES)
+@pytest.mark.parametrize("count", [0, 1, 15, 1000, 5003])
+@pytest.mark.parametrize(
+    ("name", "op"), [("float32", ReduceOp.SUM), ("int64", ReduceOp.MAX), ("float64", ReduceOp.AVERAGE)]
+)
+def test_shared_and_staged_reduce(
+    monkeypatch: pytest.MonkeyPatch, size: int, ranks_per_node: int, count: int, name: str, op: ReduceOp
+) -> None:
+    # Tiny pieces, so that many are under way.
+    monkeypatch.setattr(direct, "_PIECE_NBYTES", 2048)
+    monkeypatch.setattr(direct, "_BLOCK_NBYTES", 512)
+    dtype = dtype_named(name)
+
+    def run(transport: ThreadTransport) -> list[np.ndarray]:
+        node, across = group(transport, 4 * 1024)
+        reduction = Reduction(dtype, op, size)
+        block = node.allocate(max(1, count * dtype.itemsize))
+        assert block is not None
+        buffers = block.typed(dtype.storage, 0, count)
+        results = []
+        for number in range(1, 4):
+            buffers[node.rank][:] = content(transport.rank, count, dtype.storage)
+            # A rank must not write into its buffer before all have read it: the end of the operation says so.
+            drive(shared_allreduce(node, buffers, reduction, number, across), spin=False)
+            results.append(buffers[node.rank].copy())
+        ordinary = content(transport.rank, count, dtype.storage)
+        drive(staged_allreduce(node, ordinary, reduction, 4, across), spin=False)
+        return [*results, ordinary]
+
+    want = expected(size, count, name, op)
+    for results in run_ranks(size, run, ranks_per_node=ranks_per_node):
+        for result in results:
+            np.testing.assert_allclose(result, want, rtol=1e-15)
+
+
+@pytest.mark.parametrize(("size", "ranks_per_node"), [(4, 4), (6, 3), (5, 2)])
+def test_all_ranks_get_the_same_bits_in_every_run(size: int, ranks_per_node: int) -> None:
+    dtype = dtype_named("float32")
+    count = 3001
+
+    def run(transport: ThreadTransport) -> list[bytes]:
+        node, across = group(transport, 4 * 1024)
+        random = np.random.default_rng(transport.rank).standard_normal(count).astype(np.float32)
+        results = []
+        for number in range(1, 4):
+            array = random.copy()
+            drive(
+                staged_allreduce(node, array, Reduction(dtype, ReduceOp.SUM, size), number, across),
+                spin=False,
+            )
+            results.append(array.tobytes())
+        return results
+
+    assert (
+        len({result for results in run_ranks(size, run, ranks_per_node=ranks_per_node) for result in results})
+        == 1
+    )
+
+
+def test_half_precision_sums_round_as_float32_does() -> None:
+    dtype = dtype_named("bfloat16")
+
+    def run(transport: ThreadTransport) -> np.ndarray:
+        node, across = group(transport, 4 * 1024)
+        array = np.full(100, 0x3F80 + transport.rank, np.uint16)  # 1.0 and the next larger bfloat16
+        drive(staged_allreduce(node, array, Reduction(dtype, ReduceOp.SUM, 2), 1, across), spin=False)
+        return array
+
+    for result in run_ranks(2, run):
+        assert set(result.tolist()) == {0x4000}  # 2.0078125 rounds to the even neighbour, 2.0

@@ -1,0 +1,168 @@
+"""Decisions of rank 0 from announcements and times, without any messages."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mpitrain.memory import DTYPES
+from mpitrain.negotiation.announcement import Announcement, Decision, Tensor
+from mpitrain.negotiation.coordinator import Coordinator
+
+ITEMSIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
+
+
+def make(size: int = 2, fusion_nbytes: int = 1 << 20) -> Coordinator:
+    return Coordinator(size, fusion_nbytes, ITEMSIZES)
+
+
+def allreduce(name: str, *shapes: tuple[int, ...], dtype: str = "float32", op: str = "sum", **rest: float) -> Announcement:
+    tensors = tuple(Tensor(dtype, shape) for shape in shapes or ((3,),))
+    return Announcement(name, "allreduce", tensors, op, **rest)  # type: ignore[arg-type]
+
+
+def announce_all(coordinator: Coordinator, size: int, *announcements: Announcement) -> None:
+    for announcement in announcements:
+        for rank in range(size):
+            coordinator.announce(rank, announcement, 0.0)
+
+
+def test_nothing_runs_before_all_ranks_announced() -> None:
+    coordinator = make(3)
+    for rank in (2, 0):
+        coordinator.announce(rank, allreduce("a"), 0.0)
+        assert coordinator.decide() == []
+    coordinator.announce(1, allreduce("a"), 0.0)
+    assert coordinator.decide() == [Decision(("a",))]
+    assert coordinator.decide() == []
+
+
+def test_a_name_may_come_again_after_its_decision() -> None:
+    coordinator = make()
+    for _ in range(3):
+        announce_all(coordinator, 2, allreduce("a"))
+        assert coordinator.decide() == [Decision(("a",))]
+
+
+@given(st.permutations(range(5)), st.permutations(range(5)))
+def test_every_order_of_announcements_decides_each_name_once(first: list[int], second: list[int]) -> None:
+    coordinator = make(fusion_nbytes=1)
+    decided: list[str] = []
+    for mine, yours in zip(first, second, strict=True):
+        coordinator.announce(0, allreduce(f"n{mine}"), 0.0)
+        coordinator.announce(1, allreduce(f"n{yours}"), 0.0)
+        decided += [name for decision in coordinator.decide() for name in decision.names]
+    assert sorted(decided) == [f"n{index}" for index in range(5)]
+
+
+def test_decisions_come_in_the_order_in_which_operations_became_ready() -> None:
+    coordinator = make(fusion_nbytes=1)
+    for rank, names in enumerate((("a", "b", "c"), ("c", "a", "b"))):
+        for name in names:
+            coordinator.announce(rank, allreduce(name), 0.0)
+    assert [decision.names for decision in coordinator.decide()] == [("c",), ("a",), ("b",)]
+
+
+def test_allreduces_that_are_ready_together_are_fused_up_to_the_limit() -> None:
+    coordinator = make(fusion_nbytes=100)
+    # 12 bytes each: eight fit into 100 bytes.
+    announce_all(coordinator, 2, *(allreduce(f"n{index}") for index in range(20)))
+    decisions = coordinator.decide()
+    assert [len(decision.names) for decision in decisions] == [8, 8, 4]
+    assert [name for decision in decisions for name in decision.names] == [f"n{index}" for index in range(20)]
+
+
+def test_an_allreduce_above_the_limit_runs_alone() -> None:
+    coordinator = make(fusion_nbytes=100)
+    announce_all(coordinator, 2, allreduce("a"), allreduce("big", (1000,)), allreduce("b"))
+    names = [decision.names for decision in coordinator.decide()]
+    assert ("big",) in names
+    assert sorted(itertools.chain(*names)) == ["a", "b", "big"]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        allreduce("b", dtype="float64"),
+        allreduce("b", op="max"),
+        allreduce("b", prescale=0.5),
+        allreduce("b", postscale=0.5),
+        Announcement("b", "broadcast", (Tensor("float32", (3,)),), root=0),
+    ],
+    ids=["dtype", "op", "prescale", "postscale", "collective"],
+)
+def test_what_differs_is_not_fused(other: Announcement) -> None:
+    coordinator = make()
+    announce_all(coordinator, 2, allreduce("a"), other)
+    assert sorted(decision.names for decision in coordinator.decide()) == [("a",), ("b",)]
+
+
+def test_a_group_is_fused_as_a_whole_and_one_of_several_dtypes_not_at_all() -> None:
+    coordinator = make()
+    mixed = Announcement("m", "allreduce", (Tensor("float32", (2,)), Tensor("int64", (2,))), "sum")
+    announce_all(coordinator, 2, allreduce("a"), allreduce("g", (2,), (3,)), mixed, mixed._replace(name="n"))
+    assert sorted(decision.names for decision in coordinator.decide()) == [("a", "g"), ("m",), ("n",)]
+
+
+def test_allgather_decision_has_the_rows_of_all_ranks_for_each_tensor() -> None:
+    coordinator = make(3)
+    for rank in (1, 2, 0):
+        tensors = (Tensor("int8", (rank, 2)), Tensor("float32", (10 + rank,)))
+        coordinator.announce(rank, Announcement("a", "allgather", tensors), 0.0)
+    assert coordinator.decide() == [Decision(("a",), rows=((0, 1, 2), (10, 11, 12)))]
+
+
+def test_alltoall_decision_has_the_splits_of_all_ranks() -> None:
+    coordinator = make(2)
+    for rank in (1, 0):
+        announcement = Announcement("a", "alltoall", (Tensor("int8", (5,)),), splits=(rank, 5 - rank))
+        coordinator.announce(rank, announcement, 0.0)
+    assert coordinator.decide() == [Decision(("a",), splits=((0, 5), (1, 4)))]
+
+
+def test_mismatch_is_an_error_and_the_others_run() -> None:
+    coordinator = make()
+    announce_all(coordinator, 2, allreduce("good"))
+    coordinator.announce(0, allreduce("bad", (2,)), 0.0)
+    coordinator.announce(1, allreduce("bad", (3,)), 0.0)
+    error, good = coordinator.decide()
+    assert (error.names, error.reason) == (("bad",), "mismatch")
+    assert "rank 0: allreduce sum of float32 [2]" in error.error
+    assert "rank 1: allreduce sum of float32 [3]" in error.error
+    assert good == Decision(("good",))
+
+
+def test_a_rank_that_left_closes_everything() -> None:
+    coordinator = make(3)
+    announce_all(coordinator, 3, allreduce("complete"))
+    coordinator.announce(0, allreduce("a"), 0.0)
+    coordinator.leave(2, "has finished")
+    # Who left has announced "complete", but takes no part in it any more.
+    assert coordinator.decide() == [Decision((), reason="left", closed="rank 2 has finished")]
+    assert coordinator.decide() == []
+
+
+def test_overdue_closes_everything_and_names_operation_and_ranks() -> None:
+    coordinator = make(4)
+    coordinator.announce(1, allreduce("a"), 10.0)
+    coordinator.announce(3, allreduce("a"), 14.0)
+    coordinator.announce(1, allreduce("young"), 14.5)
+    assert coordinator.overdue(5.0, 15.0) == []
+    (decision,) = coordinator.overdue(5.0, 15.1)
+    assert decision.closed == "a was not started by ranks [0, 2] within 5 s"
+    assert (decision.names, decision.reason) == ((), "timeout")
+
+
+def test_stalled_names_missing_ranks_once() -> None:
+    coordinator = make(3)
+    coordinator.announce(1, allreduce("a"), 10.0)
+    assert coordinator.stalled(5.0, 15.0) == []
+    assert coordinator.stalled(5.0, 16.0) == ["a: waits since 6 s for ranks [0, 2]"]
+    assert coordinator.stalled(5.0, 17.0) == []
+    # Still a valid operation.
+    for rank in (0, 2):
+        coordinator.announce(rank, allreduce("a"), 18.0)
+    assert coordinator.decide() == [Decision(("a",))]

@@ -1,0 +1,456 @@
+"""Named operations among ranks that are threads: any order, errors everywhere, and no waiting in vain."""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mpitrain.collectives import Communicator, Handle
+from mpitrain.comm import Transport, run_ranks
+from mpitrain.config import Settings
+from mpitrain.errors import (
+    CollectiveError,
+    CollectiveMismatchError,
+    CommError,
+    CommTimeoutError,
+    RankFailedError,
+)
+from mpitrain.negotiation import Negotiator, negotiator as negotiator_module
+
+SETTINGS = Settings(wait="sleep")
+WAIT_S = 20.0
+
+
+def run(size: int, function: Callable[[Negotiator], Any], config: Settings = SETTINGS) -> list[Any]:
+    def body(transport: Transport) -> Any:
+        comm = Communicator(transport, settings=config)
+        try:
+            return function(Negotiator(comm))
+        finally:
+            comm.engine.close()
+
+    return run_ranks(size, body)
+
+
+def start(negotiator: Negotiator, name: str, array: Any, **options: Any) -> Handle[list[Any]]:
+    options.setdefault("op", "sum")
+    return negotiator.start(name, "allreduce", [np.asarray(array, np.float64)], **options)
+
+
+def wait(handle: Handle[list[Any]]) -> Any:
+    (result,) = handle.wait(WAIT_S)
+    return result
+
+
+def error_of(handle: Handle[list[Any]]) -> Exception:
+    with pytest.raises(CollectiveError) as caught:
+        handle.wait(WAIT_S)
+    return caught.value
+
+
+def total(size: int, factor: float = 1.0) -> float:
+    return factor * size * (size + 1) / 2
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_opposite_orders(size: int) -> None:
+    def body(negotiator: Negotiator) -> list[float]:
+        own = negotiator.comm.rank + 1.0
+        names = [f"n{index}" for index in range(6)]
+        if negotiator.comm.rank % 2:
+            names.reverse()
+        handles = {name: start(negotiator, name, [own * int(name[1:])]) for name in names}
+        # Waited for in the opposite order, too.
+        return [float(wait(handles[name])[0]) for name in reversed(names)]
+
+    for rank, results in enumerate(run(size, body)):
+        expected = [total(size, index) for index in range(6)]
+        assert results == (expected if rank % 2 else expected[::-1])
+
+
+@settings(max_examples=15)
+@given(seed=st.integers(0, 2**32), size=st.integers(2, 5), fusion_nbytes=st.sampled_from([1, 64, 1 << 20]))
+def test_random_orders_collectives_and_delays(seed: int, size: int, fusion_nbytes: int) -> None:
+    def body(negotiator: Negotiator) -> None:
+        rank = negotiator.comm.rank
+        draw = random.Random(f"{seed} {rank}")
+        pending = list(range(12))
+        draw.shuffle(pending)
+        handles: list[tuple[int, Any]] = []
+        while pending or handles:
+            if pending and (not handles or draw.random() < 0.7):
+                index = pending.pop()
+                handles.append((index, start_any(negotiator, index)))
+            if draw.random() < 0.3:
+                time.sleep(draw.random() * 1e-3)
+            # Waiting for one before all are started could wait for a rank that waits for another one.
+            if not pending:
+                index, handle = handles.pop(draw.randrange(len(handles)))
+                np.testing.assert_array_equal(wait(handle), expected(index, size, rank))
+
+    run(size, body, SETTINGS.replace(fusion_nbytes=fusion_nbytes))
+
+
+def start_any(negotiator: Negotiator, index: int) -> Handle[list[Any]]:
+    rank = negotiator.comm.rank
+    name = f"n{index}"
+    if index % 3 == 0:
+        return start(negotiator, name, np.arange(index) + rank)
+    if index % 3 == 1:
+        return negotiator.start(name, "broadcast", [np.full(index, rank)], root=index % negotiator.comm.size)
+    return negotiator.start(name, "allgather", [np.full((rank, index), rank)])
+
+
+def expected(index: int, size: int, rank: int) -> Any:
+    if index % 3 == 0:
+        return np.arange(index) * size + sum(range(size))
+    if index % 3 == 1:
+        return np.full(index, index % size)
+    return np.concatenate([np.full((source, index), source) for source in range(size)])
+
+
+def test_many_in_flight_are_fused_and_each_gets_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    decided: list[int] = []
+    original = negotiator_module.run_decision
+
+    def counted(comm: Communicator, decision: Any, entries: Any) -> Any:
+        decided.append(len(decision.names))
+        return original(comm, decision, entries)
+
+    monkeypatch.setattr(negotiator_module, "run_decision", counted)
+
+    def body(negotiator: Negotiator) -> None:
+        own = negotiator.comm.rank + 1.0
+        arrays = [np.full(1 + index % 7, own * index) for index in range(300)]
+        handles = [
+            negotiator.start(f"n{index}", "allreduce", [array], op="sum", in_place=index % 2 == 0)
+            for index, array in enumerate(arrays)
+        ]
+        for index, (array, handle) in enumerate(zip(arrays, handles, strict=True)):
+            result = wait(handle)
+            np.testing.assert_array_equal(result, np.full(1 + index % 7, total(3, index)))
+            assert (result is array) == (index % 2 == 0)
+            if index % 2:
+                np.testing.assert_array_equal(array, np.full(1 + index % 7, own * index))
+
+    run(3, body)
+    assert sum(decided) == 900
+    assert max(decided) > 1
+
+
+def test_name_in_flight_is_refused_and_may_be_used_again_afterwards() -> None:
+    def body(negotiator: Negotiator) -> None:
+        own = [negotiator.comm.rank + 1.0]
+        if negotiator.comm.rank == 0:
+            # The other rank does not start it yet, so it cannot have ended.
+            handle = start(negotiator, "a", own)
+            with pytest.raises(ValueError, match=r"same name as another tensor .* 'a'; wait for that one"):
+                start(negotiator, "a", own)
+            gate.set()
+        else:
+            assert gate.wait(WAIT_S)
+            handle = start(negotiator, "a", own)
+        assert wait(handle) == [3.0]
+        for _ in range(20):
+            assert wait(start(negotiator, "a", own)) == [3.0]
+
+    gate = threading.Event()
+    run(2, body)
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_mismatch_is_an_error_on_every_rank_and_all_stays_usable(late: int) -> None:
+    def body(negotiator: Negotiator) -> str:
+        rank = negotiator.comm.rank
+        good = start(negotiator, "good", [rank + 1.0])
+        if rank == late:
+            time.sleep(0.05)
+        error = error_of(start(negotiator, "bad", np.zeros(2 + (rank == 1))))
+        assert isinstance(error, CollectiveMismatchError)
+        assert wait(good) == [6.0]
+        assert wait(start(negotiator, "bad", [rank + 1.0])) == [6.0]
+        return str(error)
+
+    texts = set(run(3, body))
+    (text,) = texts
+    assert text.split("\n")[1:] == [
+        f"  rank {rank}: allreduce sum of float64 [{2 + (rank == 1)}]" for rank in range(3)
+    ]
+
+
+def test_a_meaningless_reduction_is_the_same_error_on_every_rank() -> None:
+    def body(negotiator: Negotiator) -> None:
+        array = np.array([True, False])
+        handle = negotiator.start("a", "allreduce", [array], op="average", in_place=True)
+        with pytest.raises(TypeError, match="average is not defined for this dtype, got bool"):
+            handle.wait(WAIT_S)
+        assert array.tolist() == [True, False]
+        assert wait(start(negotiator, "b", [1.0])) == [2.0]
+
+    run(2, body)
+
+
+@pytest.mark.parametrize("leaver", [0, 1, 2])
+def test_a_rank_that_leaves_ends_the_waiting_of_all_others(leaver: int) -> None:
+    def body(negotiator: Negotiator) -> str:
+        if negotiator.comm.rank == leaver:
+            time.sleep(0.02)
+            negotiator.leave("has gone fishing")
+            return ""
+        first = error_of(start(negotiator, "a", [1.0]))
+        second = error_of(start(negotiator, "b", [1.0]))
+        assert isinstance(first, RankFailedError)
+        assert isinstance(second, RankFailedError)
+        return f"{first} {second}"
+
+    texts = run(3, body)
+    assert texts.pop(leaver) == ""
+    for text in texts:
+        assert text.count(f"rank {leaver} has gone fishing") == 2
+
+
+def test_leaving_ends_what_is_in_flight_here() -> None:
+    def body(negotiator: Negotiator) -> None:
+        if negotiator.comm.rank == 0:
+            handle = start(negotiator, "never started elsewhere", [1.0])
+            negotiator.leave("has shut down")
+            assert "this rank has shut down" in str(error_of(handle))
+            assert "this rank has shut down" in str(error_of(start(negotiator, "later", [1.0])))
+
+    run(2, body)
+
+
+def test_what_was_decided_before_a_rank_left_completes() -> None:
+    def body(negotiator: Negotiator) -> float:
+        handle = start(negotiator, "a", [negotiator.comm.rank + 1.0])
+        result = float(wait(handle)[0])
+        negotiator.leave("has finished")
+        return result
+
+    for _ in range(20):
+        assert run(3, body) == [6.0] * 3
+
+
+def test_two_groups_do_not_wait_for_each_other() -> None:
+    def body(negotiator: Negotiator) -> float:
+        rank = negotiator.comm.rank
+        part = negotiator.group.split(rank % 2)
+        assert part is not None
+        own = Negotiator(part)
+        everybody = start(negotiator, "all", [1.0]) if rank % 2 else None
+        if rank % 2:
+            # The even ranks have not started "all"; neither that nor their own group keeps this one waiting.
+            result = float(wait(start(own, "a", [rank]))[0])
+            odd_is_done.set()
+        else:
+            assert odd_is_done.wait(WAIT_S)
+            result = float(wait(start(own, "a", [rank]))[0])
+            everybody = start(negotiator, "all", [1.0])
+        assert everybody is not None
+        assert wait(everybody) == [4.0]
+        return result
+
+    odd_is_done = threading.Event()
+    assert run(4, body) == [2.0, 4.0, 2.0, 4.0]
+
+
+def test_idle_ranks_neither_send_nor_compute() -> None:
+    def body(negotiator: Negotiator) -> int:
+        assert wait(start(negotiator, "a", [1.0])) == [2.0]
+        together.wait(WAIT_S)
+        if negotiator.comm.rank == 0:
+            time.sleep(0.2)  # whatever the last operation left behind
+            used_s[0] = time.process_time()
+            time.sleep(0.5)
+            used_s[0] = time.process_time() - used_s[0]
+        together.wait(WAIT_S)
+        return sum(map(len, negotiator.comm.transport.world.notices.values()))
+
+    together = threading.Barrier(2)
+    used_s = [0.0]
+    before, after = run(2, body)
+    assert before == after == 0
+    assert used_s[0] < 0.1
+
+
+def test_time_limit_names_operation_and_missing_ranks_and_ends_everything() -> None:
+    def body(negotiator: Negotiator) -> None:
+        if negotiator.comm.rank == 2:
+            assert others_have_failed.wait(WAIT_S)
+            error = error_of(start(negotiator, "a", [1.0]))
+        else:
+            error = error_of(start(negotiator, "a", [1.0]))
+            together.wait(WAIT_S)
+            others_have_failed.set()
+        assert isinstance(error, CommTimeoutError)
+        assert "a was not started by ranks [2] within 0.2 s" in str(error)
+        # A later operation of that name does not meet what is left of this one.
+        assert isinstance(error_of(start(negotiator, "a", [1.0])), CommTimeoutError)
+
+    others_have_failed = threading.Event()
+    together = threading.Barrier(2)
+    run(3, body, SETTINGS.replace(timeout_s=0.2))
+
+
+def test_time_limit_holds_when_rank_0_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(negotiator_module, "_GRACE_S", 0.1)
+
+    def body(negotiator: Negotiator) -> None:
+        if negotiator.comm.rank == 0:
+            assert given_up.wait(WAIT_S)
+            error = error_of(start(negotiator, "a", [1.0]))
+            assert "rank 1 has given up" in str(error)
+        else:
+            error = error_of(start(negotiator, "a", [1.0]))
+            assert isinstance(error, CommTimeoutError)
+            assert "was not decided by rank 0 within 0.3 s" in str(error)
+            given_up.set()
+
+    given_up = threading.Event()
+    run(2, body, SETTINGS.replace(timeout_s=0.2))
+
+
+def test_stall_warning_names_operation_and_missing_ranks(caplog: pytest.LogCaptureFixture) -> None:
+    def body(negotiator: Negotiator) -> None:
+        if negotiator.comm.rank == 1:
+            assert warned.wait(WAIT_S)
+        handle = start(negotiator, "late", [1.0])
+        deadline_s = time.monotonic() + WAIT_S
+        while negotiator.comm.rank == 0 and not caplog.records and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        warned.set()
+        assert wait(handle) == [2.0]
+
+    warned = threading.Event()
+    with caplog.at_level(logging.WARNING, "mpitrain"):
+        run(2, body, SETTINGS.replace(stall_warning_s=0.1))
+    assert "late: waits since 0 s for ranks [1]" in caplog.text
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_messages_that_cannot_be_taken_are_an_error_on_every_rank(failing: int) -> None:
+    def body(negotiator: Negotiator) -> str:
+        if negotiator.comm.rank == failing:
+
+            def refuse() -> list[tuple[int, bytes]]:
+                raise CommError("notices: the network is gone")
+
+            negotiator._control.notices = refuse  # type: ignore[method-assign]
+        return str(error_of(start(negotiator, "a", [1.0])))
+
+    texts = run(2, body)
+    assert all("the network is gone" in text for text in texts)
+    assert texts[failing].startswith("a: cannot complete: this rank has failed with CommError")
+    assert f"rank {failing} has failed with CommError" in texts[1 - failing]
+
+
+def test_an_announcement_that_cannot_be_sent_leaves_nothing_behind() -> None:
+    def body(negotiator: Negotiator) -> None:
+        if negotiator.comm.rank == 1:
+            notify = negotiator._control.notify
+
+            def refuse(dest: int, notice: bytes) -> None:
+                negotiator._control.notify = notify  # type: ignore[method-assign]
+                raise CommError("notice: the network is gone")
+
+            negotiator._control.notify = refuse  # type: ignore[method-assign]
+            with pytest.raises(CommError):
+                start(negotiator, "a", [1.0])
+        assert wait(start(negotiator, "a", [1.0])) == [2.0]
+
+    run(2, body)
+
+
+def test_a_rank_that_cannot_run_what_was_decided_does_not_leave_the_others_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original = negotiator_module.run_decision
+
+    def starved(comm: Communicator, decision: Any, entries: Any) -> Any:
+        if comm.rank == 1:
+            raise MemoryError("no room for the fused buffer")
+        return original(comm, decision, entries)
+
+    monkeypatch.setattr(negotiator_module, "run_decision", starved)
+    texts = run(3, lambda negotiator: str(error_of(start(negotiator, "a", [1.0]))))
+    assert all("no room for the fused buffer" in text for text in texts)
+
+
+def test_operations_of_several_threads_of_each_rank() -> None:
+    def body(negotiator: Negotiator) -> None:
+        def work(thread: int) -> None:
+            try:
+                for index in range(20):
+                    assert wait(start(negotiator, f"{thread} {index}", [thread + index])) == [2.0 * (thread + index)]
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=work, args=(thread,)) for thread in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(WAIT_S)
+            assert not thread.is_alive()
+
+    failures: list[BaseException] = []
+    run(2, body)
+    assert failures == []
+
+
+def test_leaving_while_operations_are_decided_never_hangs() -> None:
+    def body(negotiator: Negotiator) -> None:
+        rank = negotiator.comm.rank
+        handles = [start(negotiator, f"n{index}", [1.0]) for index in range(5)]
+        if rank == leaver:
+            time.sleep(draw.random() * 2e-3)
+            negotiator.leave("has shut down")
+        for handle in handles:
+            try:
+                assert wait(handle) == [3.0]
+            except CommTimeoutError:
+                raise
+            except CommError:
+                pass
+
+    draw = random.Random(0)
+    for turn in range(30):
+        leaver = turn % 3
+        run(3, body)
+
+
+def test_unnamed_operations_are_counted() -> None:
+    names = run(2, lambda negotiator: [negotiator.next_name() for _ in range(3)])
+    assert names[0] == names[1]
+    assert len(set(names[0])) == 3
+
+
+def test_arrays_that_are_not_contiguous_are_copied_and_left_alone() -> None:
+    def body(negotiator: Negotiator) -> None:
+        array = np.arange(12.0).reshape(3, 4).T
+        result = wait(start(negotiator, "a", array))
+        np.testing.assert_array_equal(result, 2 * np.arange(12.0).reshape(3, 4).T)
+        np.testing.assert_array_equal(array, np.arange(12.0).reshape(3, 4).T)
+
+    run(2, body)
+
+
+def test_integer_average_is_divided_and_scaled_in_one_step() -> None:
+    def body(negotiator: Negotiator) -> None:
+        array = np.array([7, -7, 1]) if negotiator.comm.rank == 0 else np.array([0, 0, 0])
+        plain = negotiator.start("a", "allreduce", [array], op="average")
+        np.testing.assert_array_equal(wait(plain), [3, -3, 0])
+        scaled = negotiator.start("b", "allreduce", [array], op="average", postscale=2.0)
+        np.testing.assert_array_equal(wait(scaled), [7, -7, 1])
+        rows = negotiator.start("c", "reduce_scatter", [array], op="average", postscale=2.0)
+        np.testing.assert_array_equal(wait(rows), [[7, -7], [1]][negotiator.comm.rank])
+
+    run(2, body)

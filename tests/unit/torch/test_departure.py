@@ -1,0 +1,130 @@
+"""A rank that ends early ends the waiting of the others: real jobs, started here."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+
+MPIRUN = Path(sys.executable).parent / "mpirun"
+LIMIT_S = 60.0
+# Much less than the time limit, and much more than starting takes: what would be a hang is not within.
+PATIENCE_S = 30.0
+
+pytestmark = [
+    pytest.mark.skipif(not MPIRUN.exists(), reason="no mpirun beside the interpreter: install an MPI wheel"),
+    pytest.mark.timeout(90),
+]
+
+PROLOGUE = """
+import sys, time
+import torch
+import mpitrain.torch as hvd
+hvd.init()
+rank = hvd.rank()
+hvd.allreduce(torch.ones(1))
+"""
+
+WAITING = {
+    "named": """
+hvd.allreduce(torch.ones(2), name="lost")
+""",
+    "gradients": """
+weight = torch.nn.Parameter(torch.ones(3))
+optimizer = hvd.DistributedOptimizer(torch.optim.SGD([weight], lr=0.1))
+hvd.barrier()
+if rank == leaver:
+    leave()
+weight.sum().backward()
+optimizer.step()
+""",
+    "process set": """
+pair = hvd.add_process_set([1, leaver])
+if rank == leaver:
+    leave()
+hvd.allreduce(torch.ones(2), process_set=pair if rank == 1 else hvd.global_process_set)
+""",
+    "construction": """
+if rank == leaver:
+    leave()
+hvd.DistributedOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(3))], lr=0.1))
+""",
+}
+
+
+def run(size: int, body: str) -> tuple[int, str, float]:
+    began_s = time.monotonic()
+    program = PROLOGUE + textwrap.dedent(body)
+    done = subprocess.run(
+        [MPIRUN, "-np", str(size), sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr, time.monotonic() - began_s
+
+
+@pytest.mark.parametrize(
+    ("waiting", "leaver", "size"),
+    [("named", 0, 3), ("named", 2, 3), ("gradients", 1, 2), ("process set", 0, 3), ("construction", 1, 2)],
+)
+def test_an_exception_on_one_rank_ends_the_job_with_its_name_and_reason(
+    waiting: str, leaver: int, size: int
+) -> None:
+    body = f"""
+leaver = {leaver}
+def leave():
+    raise KeyError("batch 17")
+if rank == leaver and {waiting!r} == "named":
+    leave()
+"""
+    code, output, duration_s = run(size, body + WAITING[waiting])
+    assert code != 0, output
+    assert f"rank {leaver} has failed with KeyError: 'batch 17'" in output, output
+    assert duration_s < PATIENCE_S
+
+
+@pytest.mark.parametrize("leaver", [0, 1])
+def test_a_rank_that_exits_early_ends_the_waiting_of_the_others(leaver: int) -> None:
+    body = f"""
+if rank == {leaver}:
+    sys.exit(0)
+try:
+    hvd.allreduce(torch.ones(2), name="lost")
+except hvd.HorovodInternalError as error:
+    print("CAUGHT", error)
+    sys.exit(3)
+"""
+    code, output, duration_s = run(2, body)
+    assert code != 0, output
+    assert f"CAUGHT allreduce.lost: cannot complete: rank {leaver} has finished" in output, output
+    assert duration_s < PATIENCE_S
+
+
+def test_a_job_may_end_without_shutdown_and_with_operations_in_flight_and_one_rank_late() -> None:
+    body = """
+hvd.allreduce_async(torch.ones(2), name="never waited for")
+if rank == 1:
+    time.sleep(0.5)
+print("END")
+"""
+    code, output, _ = run(2, body)
+    assert code == 0, output
+    assert output.count("END") == 2
+    assert "Traceback" not in output
+
+
+def test_one_process_without_a_launcher() -> None:
+    program = PROLOGUE + 'assert hvd.size() == 1\nprint(hvd.allreduce(torch.tensor(2.5)).item())'
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "2.5"

@@ -1,0 +1,128 @@
+"""The training scripts as users start them: each run is a job of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[3] / "scripts"
+LIMIT_S = 60
+MPIRUN = shutil.which("mpirun", path=str(Path(sys.executable).parent)) or shutil.which("mpirun")
+
+needs_mpirun = pytest.mark.skipif(MPIRUN is None, reason="needs an mpirun beside Python or in PATH")
+
+
+def run(script: str, size: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a script on so many ranks; on one without mpirun."""
+    # Launchers have more to say to a process that one of them has started.
+    launched = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPITRAIN_")
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(launched)}
+    environ |= {
+        "OMP_NUM_THREADS": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "OMPI_MCA_osc": "^ucx",
+        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+        "PRTE_MCA_hwloc_default_binding_policy": "none",
+    }
+    launcher = [] if size == 1 else [str(MPIRUN), "-np", str(size)]
+    command = [*launcher, sys.executable, str(SCRIPTS / script), *map(str, arguments)]
+    return subprocess.run(
+        command,
+        env=environ,
+        timeout=LIMIT_S,
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def results_of(folder: Path, script: str, size: int, *arguments: object) -> dict[str, Any]:
+    """Run a script that must end well; return what it wrote."""
+    path = folder / "results.json"
+    done = run(script, size, *arguments, "--json", path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results: dict[str, Any] = json.loads(path.read_text())
+    path.unlink()
+    assert results["ranks"] == size
+    assert len(results["losses"]) == results["last_step"] - results["first_step"]
+    return results
+
+
+@needs_mpirun
+def test_digits_go_on_at_other_numbers_of_ranks_as_one_rank_would(tmp_path) -> None:
+    # Batches of which 9 make an epoch; the runs end within epochs and at their end.
+    common = ("--batch-size", 150, "--seed", 3)
+    whole = results_of(tmp_path, "train_digits.py", 1, "--epochs", 3, *common)
+    saving = (*common, "--checkpoint", tmp_path / "digits.ckpt")
+    parts = [
+        results_of(tmp_path, "train_digits.py", 1, "--epochs", 1, *saving),
+        results_of(tmp_path, "train_digits.py", 2, "--epochs", 2, *saving, "--resume"),
+        results_of(tmp_path, "train_digits.py", 1, "--epochs", 3, *saving, "--resume"),
+    ]
+    assert [(part["first_step"], part["last_step"]) for part in parts] == [(0, 9), (9, 18), (18, 27)]
+    losses = [loss for part in parts for loss in part["losses"]]
+    assert losses == pytest.approx(whole["losses"], abs=1e-4)
+    assert parts[-1]["test_loss"] == pytest.approx(whole["test_loss"], abs=1e-4)
+    assert whole["losses"][-1] < 0.5 < whole["losses"][0]
+    assert whole["test_accuracy"] > 0.85
+    assert whole["communication_share"] == 0.0
+    assert 0.0 < parts[1]["communication_share"] < 1.0
+
+
+@needs_mpirun
+def test_gpt_stops_within_an_epoch_and_goes_on_at_another_number_of_ranks(tmp_path) -> None:
+    small = ("--context", 16, "--layers", 1, "--width", 32, "--batch-size", 8, "--sample", 5)
+    whole = results_of(tmp_path, "train_gpt.py", 1, *small, "--steps", 20)
+    saving = (*small, "--checkpoint", tmp_path / "gpt.ckpt")
+    first = results_of(tmp_path, "train_gpt.py", 2, *saving, "--steps", 7)
+    second = results_of(tmp_path, "train_gpt.py", 1, *saving, "--steps", 20, "--resume")
+    assert (second["first_step"], second["last_step"]) == (7, 20)
+    assert first["losses"] + second["losses"] == pytest.approx(whole["losses"], abs=1e-4)
+    assert second["test_loss"] == pytest.approx(whole["test_loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize("size", [1, pytest.param(3, marks=needs_mpirun)])
+def test_an_unknown_algorithm_is_one_message_that_lists_the_known_ones(size) -> None:
+    done = run("train_digits.py", size, "--algorithm", "bogus")
+    assert done.returncode != 0
+    said = done.stdout + done.stderr
+    assert said.count("algorithm of allreduce: unknown, got 'bogus'") == 1
+    for name in ("ring", "double_tree", "native"):
+        assert name in said
+    assert "Traceback" not in said
+
+
+@needs_mpirun
+def test_a_damaged_checkpoint_is_one_message_that_names_the_file(tmp_path) -> None:
+    path = tmp_path / "damaged.ckpt"
+    path.write_bytes(b"mpitrain checkpoint\n" + bytes(1000))
+    done = run("train_digits.py", 2, "--checkpoint", path, "--resume")
+    assert done.returncode != 0
+    said = done.stdout + done.stderr
+    assert said.count(str(path)) == 1
+    assert "Traceback" not in said
+    assert path.read_bytes() == b"mpitrain checkpoint\n" + bytes(1000)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--resume"], "add --checkpoint"),
+        (["--batch-size", "5000"], "at most the 1437 samples"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_options_that_make_no_sense_are_one_message(arguments, words) -> None:
+    done = run("train_digits.py", 1, *arguments)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert words in done.stderr
