@@ -11,11 +11,21 @@ __all__ = ["PREFIX", "Settings", "cache_folder"]
 
 PREFIX = "MPITRAIN_"
 
+# Most MPI libraries count the elements of a message in 31 bits.
+_LARGEST_MESSAGE_NBYTES = 1 << 30
+
 
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise ValueError("must be at least 1")
+    return value
+
+
+def _message_nbytes(text: str) -> int:
+    value = _positive(text)
+    if value > _LARGEST_MESSAGE_NBYTES:
+        raise ValueError(f"must be at most {_LARGEST_MESSAGE_NBYTES}")
     return value
 
 
@@ -106,7 +116,7 @@ class Settings:
 
 _PARSERS: dict[str, Callable[[str], object]] = {
     "algorithm": str,
-    "segment_nbytes": _positive,
+    "segment_nbytes": _message_nbytes,
     "receive_window": _positive,
     "bucket_nbytes": _positive,
     "first_bucket_nbytes": _positive,
@@ -131,4 +141,3 @@ def cache_folder(environ: Mapping[str, str] | None = None) -> Path:
     # The specification has relative paths ignored.
     base = Path(given) if Path(given).is_absolute() else Path.home() / ".cache"
     return base / "mpitrain"
-

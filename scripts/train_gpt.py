@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import mpitrain.torch as hvd
-from job.options import make_parser, positive
+from job.options import UsageError, make_parser, positive
 from job.training import Totals, Workload, run_job
 
 # Fixed, so that a checkpoint fits whatever text another machine has.
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 UNKNOWN = CHARACTERS.index("?")
+HEAD_WIDTH = 32
 MOST_CHARACTERS = 2_000_000
 NUM_TEST_WINDOWS = 200
 
@@ -66,9 +67,7 @@ class GPT(nn.Module):
         positions = self.positions.weight[: tokens.shape[1]]
         return self.out(self.blocks(self.tokens(tokens) + positions))  # type: ignore[no-any-return]
 
-    def continue_text(
-        self, tokens: torch.Tensor, num_tokens: int, generator: torch.Generator
-    ) -> torch.Tensor:
+    def continue_text(self, tokens: torch.Tensor, num_tokens: int, generator: torch.Generator) -> torch.Tensor:
         """Return one row of tokens with so many more, each drawn as likely as the model finds it."""
         for _ in range(num_tokens):
             scores = self(tokens[None, -self.context :])[0, -1]
@@ -102,6 +101,8 @@ def decode(tokens: torch.Tensor) -> str:
 
 def make_workload(options: Namespace) -> Workload:
     """Return the job: windows of the last tenth of the text are for testing, those before for training."""
+    if options.width % HEAD_WIDTH:
+        raise UsageError(f"--width: must be a multiple of {HEAD_WIDTH}, got {options.width}")
     context = options.context
     # Nodes may have different versions of Python; all ranks take rank 0's text.
     tokens = encode(hvd.broadcast_object(read_text() if hvd.rank() == 0 else None, name="text"))
@@ -109,9 +110,7 @@ def make_workload(options: Namespace) -> Workload:
     num_samples = num_windows * 9 // 10
     inputs = tokens[: num_windows * context].view(num_windows, context)
     targets = tokens[1 : num_windows * context + 1].view(num_windows, context)
-    model = GPT(
-        len(CHARACTERS), context, options.layers, options.width, num_heads=max(1, options.width // 32)
-    )
+    model = GPT(len(CHARACTERS), context, options.layers, options.width, num_heads=options.width // HEAD_WIDTH)
 
     def scores_and_targets(windows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         return model(inputs[windows]).flatten(0, 1), targets[windows].flatten()
@@ -119,9 +118,7 @@ def make_workload(options: Namespace) -> Workload:
     def evaluate(indices: Sequence[int]) -> Totals:
         totals = Totals(0, 0.0, 0)
         for begin in range(0, len(indices), 16):
-            scores, wanted = scores_and_targets(
-                [num_samples + index for index in indices[begin : begin + 16]]
-            )
+            scores, wanted = scores_and_targets([num_samples + index for index in indices[begin : begin + 16]])
             totals = Totals(
                 totals.count + len(wanted),
                 totals.loss + F.cross_entropy(scores, wanted, reduction="sum").item(),
@@ -151,19 +148,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the job; return the exit status."""
     parser = make_parser("Train a small GPT on Python source text.", batch_size=24, lr=1e-3, lr_batch_size=12)
     parser.add_argument("--steps", type=positive, default=300, metavar="N", help="optimizer steps")
-    parser.add_argument(
-        "--report-steps", type=positive, default=50, metavar="N", help="steps between evaluations"
-    )
-    parser.add_argument(
-        "--context", type=positive, default=64, metavar="N", help="characters that are looked at"
-    )
+    parser.add_argument("--report-steps", type=positive, default=50, metavar="N", help="steps between evaluations")
+    parser.add_argument("--context", type=positive, default=64, metavar="N", help="characters that are looked at")
     parser.add_argument("--layers", type=positive, default=4, metavar="N", help="of attention")
-    parser.add_argument(
-        "--width", type=positive, default=128, metavar="N", help="of layers; a multiple of 32"
-    )
-    parser.add_argument(
-        "--sample", type=positive, default=200, metavar="N", help="characters to write at the end"
-    )
+    parser.add_argument("--width", type=positive, default=128, metavar="N", help="of layers; a multiple of 32")
+    parser.add_argument("--sample", type=positive, default=200, metavar="N", help="characters to write at the end")
     return run_job(parser, make_workload, arguments)
 
 

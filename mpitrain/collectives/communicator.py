@@ -21,6 +21,7 @@ from mpitrain.collectives.executor import Task
 from mpitrain.collectives.peers import PeerWatch
 from mpitrain.collectives.plan import Call, Plan
 from mpitrain.collectives.progress import Handle, ProgressEngine, drive
+from mpitrain.collectives.reclaim import Reclaimer
 from mpitrain.collectives.selection import known_algorithms
 from mpitrain.collectives.verbs import Collectives
 from mpitrain.comm import Topology, Transport
@@ -70,6 +71,7 @@ class Communicator(Collectives):
         self.engine = engine or _make_engine(self.settings, self.topology)
         self._context = Context(transport, self.topology, self.settings)
         self._watch = PeerWatch(transport, self.settings)
+        self._reclaimer = Reclaimer(transport)
         # Calls are counted by who makes them, and down again by who ends them, mostly the progress thread.
         self._lock = threading.Lock()
         self._calls = 0
@@ -172,13 +174,18 @@ class Communicator(Collectives):
             buffer.numpy()[:] = ...                  # or buffer.tensor()
             comm.allreduce_(buffer)                  # no message is sent within a node
 
+        The memory is given back some time after the array, and all that was made from it, is gone on all ranks.
         Where a node has no shared memory left the array is private on all ranks, with a warning; everything works, more slowly.
 
         Args:
             shape: Same on every rank.
             dtype: Name, NumPy dtype or torch dtype; same on every rank.
         """
-        return self._context.allocate((shape,) if isinstance(shape, int) else tuple(shape), as_dtype(dtype))
+        self._reclaimer.reclaim()
+        array = self._context.allocate((shape,) if isinstance(shape, int) else tuple(shape), as_dtype(dtype))
+        if array.block is not None:
+            self._reclaimer.register(array.block.owner, array.block.release)
+        return array
 
     # Plans
 
@@ -277,18 +284,24 @@ class Communicator(Collectives):
 
         Every rank must call; where color is None, the result is None.
         """
+        self._reclaimer.reclaim()
         transport = self.transport.split(color, self.rank if key is None else key)
-        return None if transport is None else self._related(transport, self.settings)
+        if transport is None:
+            self._reclaimer.register_nothing()
+            return None
+        return self._related(transport, self.settings)
 
     def duplicate(self, settings: Settings | None = None) -> Communicator:
         """Make a communicator of the same ranks whose operations are independent of this one's.
 
         Every rank must call, with the same settings; those of this communicator if not given.
         """
+        self._reclaimer.reclaim()
         return self._related(self.transport.duplicate(), settings or self.settings)
 
     def _related(self, transport: Transport, settings: Settings) -> Communicator:
         made = Communicator(transport, settings=settings, engine=self.engine)
+        self._reclaimer.register(made, made._context.free)
         if transport.native is not None:
             watch_exit(made)
         return made

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from mpitrain.collectives.across import AcrossNodes
@@ -71,6 +72,7 @@ class Context:
         self.rank = transport.rank
         self.size = transport.size
         self.scratch = ScratchPool()
+        self._is_freed = False
         # MPI matches the library's own collectives by the order in which they start.
         self.native_order = CallOrder()
         # One operation at a time uses the node's staging memory.
@@ -140,7 +142,7 @@ class Context:
         if not problems and block is not None:
             return SharedArray(dtype, shape, block.typed(dtype.storage, 0, count), self.node.rank, block)
         if block is not None:
-            block.free()
+            block.release()
         if self.rank == 0:
             _log.warning("%s; going on with private memory and messages, which is slower", problems[0])
         return SharedArray.private(dtype, shape)
@@ -203,11 +205,14 @@ class Context:
         Raises:
             ValueError: On every rank that passes it.
         """
-        if isinstance(root, bool) or not isinstance(root, int) or not 0 <= root < self.size:
+        if isinstance(root, bool) or not isinstance(root, int | np.integer) or not 0 <= root < self.size:
             raise ValueError(f"{collective}: root out of range, got {root!r}; use a rank from 0 to {self.size - 1}")
 
     def free(self) -> None:
-        """Release memory and transports. Every rank must call, with no operation in flight."""
+        """Release memory and transports. Every rank must call, with no operation in flight; again it does nothing."""
+        if self._is_freed:
+            return
+        self._is_freed = True
         if self.across is not None:
             self.across.free()
         if self.node is not None:

@@ -101,7 +101,7 @@ class Node:
 
     def free(self) -> None:
         """Give back the memory. Every rank of the node must call."""
-        self._block.free()
+        self._block.release()
         self._transport.free()
 
 

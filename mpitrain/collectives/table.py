@@ -8,7 +8,7 @@ size in bytes up to which an algorithm is to be taken, and the algorithm; the la
 from __future__ import annotations
 
 import dataclasses
-import datetime
+import datetime as dt
 import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -90,7 +90,7 @@ class Table:
 
     fingerprint: str
     versions: Mapping[str, str]
-    date: datetime.date
+    date: dt.date
     choices: Mapping[Key, Steps]
 
     def __post_init__(self) -> None:
@@ -146,7 +146,7 @@ class Table:
             if key in choices:
                 raise ValueError(f"choices: two for the same, got {key} again; remove one")
             choices[key] = steps
-        date = datetime.date.fromisoformat(fields["date"])
+        date = dt.date.fromisoformat(fields["date"])
         return cls(fields["fingerprint"], fields["versions"], date, choices)
 
 

@@ -52,6 +52,10 @@ class Machine:
             mpi, version = library_name_and_version()
         return cls(_cpu_model(), os.cpu_count() or 1, mpi, version)
 
+    def __str__(self) -> str:
+        """All of it, for people."""
+        return f"{self.cpu}, {self.num_cores} cores, {self.mpi} {self.mpi_version}"
+
     @property
     def fingerprint(self) -> str:
         """The machine and, after a dash, the versions, each as a few hexadecimal digits."""
@@ -120,11 +124,11 @@ def store_table(table: Table, path: Path) -> None:
 
 
 def _find_table(transport: Transport, settings: Settings) -> Table | None:
-    # Whatever goes wrong here, the other ranks wait for the result.
+    # The other ranks wait for the result, so nothing may be raised.
+    machine = Machine.here(transport)
     try:
-        machine = Machine.here(transport)
         path = table_path(machine, settings)
-    except Exception as error:
+    except RuntimeError as error:  # no home
         _log.warning("measured table: no place to look for it (%s); set MPITRAIN_TUNE_DIR", error)
         return None
     try:

@@ -38,13 +38,12 @@ class MPITransport(Transport):
                 f"MPI: needs thread level multiple ({MPI.THREAD_MULTIPLE}), got {MPI.Query_thread()}; leave "
                 "mpi4py.rc.thread_level at its default and initialise MPI through mpi4py"
             )
-        if comm is None:
-            comm = MPI.COMM_WORLD
-        elif not isinstance(comm, MPI.Comm):
-            comm = _of_ranks(comm)
-        self._data = _duplicate(comm)
+        source = MPI.COMM_WORLD if comm is None else comm if isinstance(comm, MPI.Comm) else _of_ranks(comm)
+        self._data = _duplicate(source)
         # Set-up goes here too: on `_data` it would meet the collectives of operations in flight.
-        self._notices = _duplicate(comm)
+        self._notices = _duplicate(source)
+        if source is not comm and comm is not None:
+            source.Free()
         self.rank = self._data.Get_rank()
         self.size = self._data.Get_size()
         self.max_tag = int(self._data.Get_attr(MPI.TAG_UB) or 32767)
@@ -174,4 +173,9 @@ def _of_ranks(ranks: Sequence[int]) -> MPI.Intracomm:
             "call on the listed ranks only"
         )
     with translated_errors("communicator of ranks"):
-        return world.Create_group(world.Get_group().Incl(list(ranks)))
+        everybody = world.Get_group()
+        listed = everybody.Incl(list(ranks))
+        made = world.Create_group(listed)
+        listed.Free()
+        everybody.Free()
+    return made

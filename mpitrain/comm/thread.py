@@ -153,7 +153,7 @@ class ThreadTransport(Transport):
 
     def allocate_shared(self, nbytes: int) -> SharedBlock:
         views = self.gather_everywhere(np.zeros(nbytes, np.uint8))
-        return SharedBlock(views, fence=_nothing, free=_nothing)
+        return SharedBlock(views, views[self.rank], fence=_nothing, release=_nothing)
 
     def node_leader(self) -> int:
         node = self.members[self.rank] // self.world.ranks_per_node

@@ -6,6 +6,7 @@ mapped it: nothing stays behind however the processes end.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -31,23 +32,23 @@ class SharedBlock:
 
     Args:
         views: Each rank's block as bytes, by rank on the node.
+        owner: What this rank's view and all that is made from it keeps alive.
         fence: Full memory barrier: what this rank has written before is seen by whoever sees what it writes after.
-        free: Gives the memory back; every rank must call, and no view may be used afterwards.
+        release: Gives the memory back; every rank of the node must call, when no view is used any more. Further calls
+            do nothing. It does not keep the block alive.
     """
 
     def __init__(
-        self, views: Sequence[NDArray[np.uint8]], fence: Callable[[], None], free: Callable[[], None]
+        self,
+        views: Sequence[NDArray[np.uint8]],
+        owner: object,
+        fence: Callable[[], None],
+        release: Callable[[], None],
     ) -> None:
         self.views = list(views)
+        self.owner = owner
         self.fence = fence
-        self._free: Callable[[], None] | None = free
-
-    def free(self) -> None:
-        """Give the memory back. Every rank of the node must call; views must not be used any more."""
-        free, self._free = self._free, None
-        if free is not None:
-            self.views = []
-            free()
+        self.release = release
 
     def typed(self, storage: np.dtype[Any], offset_nbytes: int, count: int) -> list[NDArray[Any]]:
         """Return the same part of every rank's block as arrays of `count` elements."""
@@ -78,7 +79,7 @@ class SharedArray:
         self.shape = shape
         self.everybodys = everybodys
         self._index = index
-        self._block = block
+        self.block = block
 
     @classmethod
     def private(cls, dtype: DType, shape: tuple[int, ...]) -> SharedArray:
@@ -88,12 +89,24 @@ class SharedArray:
     @property
     def is_shared(self) -> bool:
         """Whether the other ranks of the node map it."""
-        return self._block is not None
+        return self.block is not None
 
     @property
     def flat(self) -> NDArray[Any]:
         """This rank's elements, one-dimensional, in storage dtype."""
         return self.everybodys[self._index]
+
+    def part(self, dtype: DType, offset_nbytes: int, count: int) -> SharedArray:
+        """Return `count` elements from some byte on as an array of their own over the same memory, on all ranks alike.
+
+        Args:
+            dtype: Of the elements.
+            offset_nbytes: Multiple of the element's size.
+            count: How many fit.
+        """
+        end = offset_nbytes + count * dtype.itemsize
+        parts = [flat.view(np.uint8)[offset_nbytes:end].view(dtype.storage) for flat in self.everybodys]
+        return SharedArray(dtype, (count,), parts, self._index, self.block)
 
     def numpy(self) -> NDArray[Any]:
         """Return this rank's array.
@@ -111,13 +124,6 @@ class SharedArray:
 
         flat = torch.from_numpy(self.flat)
         return flat.view(getattr(torch, self.dtype.name)).view(self.shape)
-
-    def free(self) -> None:
-        """Give the memory back. Every rank must call; arrays and tensors made from it must not be used any more."""
-        block, self._block = self._block, None
-        self.everybodys = []
-        if block is not None:
-            block.free()
 
 
 def allocate_window(comm: MPI.Intracomm, nbytes: int) -> SharedBlock:
@@ -139,19 +145,27 @@ def allocate_window(comm: MPI.Intracomm, nbytes: int) -> SharedBlock:
     info.Free()
     # Loads and stores need an access epoch; one that lasts for as long as the window does.
     window.Lock_all(MPI.MODE_NOCHECK)
-    memories: list[Any] = [window.Shared_query(rank)[0] for rank in range(comm.Get_size())]
-    views = [np.frombuffer(memory, np.uint8)[:nbytes] for memory in memories]
+    exporters = [_exporter(window.Shared_query(rank)[0], nbytes) for rank in range(comm.Get_size())]
+    views = [np.frombuffer(exporter, np.uint8) for exporter in exporters]
+    fence = window.Sync
+    held = [window]
 
-    def free() -> None:
-        if not MPI.Is_finalized():
+    def release() -> None:
+        if held and not MPI.Is_finalized():
+            window = held.pop()
             window.Unlock_all()
             window.Free()
 
     # The owner touches its pages first, which places them.
     views[comm.Get_rank()][:] = 0
-    window.Sync()
+    fence()
     comm.Barrier()
-    return SharedBlock(views, window.Sync, free)
+    return SharedBlock(views, exporters[comm.Get_rank()], fence, release)
+
+
+def _exporter(memory: Any, nbytes: int) -> Any:
+    """Return an object over the memory that arrays keep alive, and whose end can be noticed."""
+    return (ctypes.c_ubyte * nbytes).from_buffer(memory)
 
 
 def free_shared_nbytes() -> int | None:

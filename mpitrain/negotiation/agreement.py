@@ -56,8 +56,10 @@ def _first_problem(announcements: Sequence[Announcement]) -> str:
         ),
         (
             _shapes_to_agree,
-            f"Mismatched {word} tensor shapes: One rank sent a tensor of shape {{}}, "
-            "but another rank sent a tensor of shape {}.",
+            (
+                f"Mismatched {word} tensor shapes: One rank sent a tensor of shape {{}}, "
+                "but another rank sent a tensor of shape {}."
+            ),
         ),
         (
             lambda each: each.op,
@@ -65,13 +67,14 @@ def _first_problem(announcements: Sequence[Announcement]) -> str:
         ),
         (
             lambda each: str(each.root),
-            f"Mismatched {word} root ranks: One rank specified root rank {{}}, "
-            "but another rank specified root rank {}.",
+            (
+                f"Mismatched {word} root ranks: One rank specified root rank {{}}, "
+                "but another rank specified root rank {}."
+            ),
         ),
         (
             lambda each: f"({each.prescale!r}, {each.postscale!r})",
-            "Mismatched prescale and/or postscale factors: One rank has factors {}, "
-            "but another rank has factors {}.",
+            "Mismatched prescale and/or postscale factors: One rank has factors {}, but another rank has factors {}.",
         ),
     ]
     for write, message in checks:

@@ -69,8 +69,8 @@ class Coordinator:
     def _end(self) -> list[Decision]:
         """Close everything, as every operation needs every rank.
 
-        Also what is complete by now: who left does not wait for it any more. To end only what waits by now would leave a
-        rank that starts a moment later waiting for a decision, if nobody looks for announcements any more.
+        Also what is complete by now: who left does not wait for it any more. To end only what waits by now would
+        leave a rank that starts a moment later waiting for a decision, if nobody looks for announcements any more.
         """
         reasons = [f"rank {rank} {reason}" for rank, reason in self._left.items()]
         self._left = {}
@@ -96,9 +96,7 @@ class Coordinator:
         for name, pending in self._pending.items():
             if now_s - pending.since_s > limit_s and not pending.warned:
                 pending.warned = True
-                lines.append(
-                    f"{name}: waits since {now_s - pending.since_s:.0f} s for {self._missing(pending)}"
-                )
+                lines.append(f"{name}: waits since {now_s - pending.since_s:.0f} s for {self._missing(pending)}")
         return lines
 
     def _missing(self, pending: _Pending) -> str:

@@ -66,9 +66,7 @@ def run_decision(comm: Communicator, decision: Decision, entries: Sequence[Entry
     if collective == "alltoall":
         sent = decision.splits[comm.rank]
         received = [splits[comm.rank] for splits in decision.splits]
-        return _run_each(
-            [comm.alltoall_async(array, splits=sent, received_splits=received) for array in entry.arrays]
-        )
+        return _run_each([comm.alltoall_async(array, splits=sent, received_splits=received) for array in entry.arrays])
     assert collective == "reduce_scatter"
     return _run_reduce_scatter(comm, entry)
 
@@ -123,8 +121,7 @@ def _run_allreduce(comm: Communicator, entries: Sequence[Entry]) -> Task[list[Re
         check_op(parse_op(announcement.op), view.dtype)
         by_dtype.setdefault(view.dtype.name, []).append(index)
     results = [
-        [array if entry.in_place else allocate_like(array, array.shape) for array in entry.arrays]
-        for entry in entries
+        [array if entry.in_place else allocate_like(array, array.shape) for array in entry.arrays] for entry in entries
     ]
     outputs = [flat_view(result, writable=True) for part in results for result in part]
     parts = []

@@ -274,7 +274,7 @@ class Negotiator:
                 # It has no meaning on any rank: all fail alike, and nothing was started.
                 self._fail(entries, error)
                 continue
-            except (Exception, KeyboardInterrupt) as error:
+            except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  (the handles have it)
                 # The others may have started what this rank could not: their collectives match no longer.
                 self.comm.revoke(f"{decision.names[0]}: {type(error).__name__}: {error}")
                 self._fail(entries, _as_collective_error(error))
@@ -284,7 +284,7 @@ class Negotiator:
     def _finish(self, task: Task[list[Results]], entries: list[Entry]) -> Task[None]:
         try:
             results = yield from task
-        except (Exception, KeyboardInterrupt) as error:
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  (the handles have it)
             self._fail(entries, _as_collective_error(error))
             return
         self._forget(entries)

@@ -12,9 +12,7 @@ Run it with `mpirun -np 4 python train.py`.
 try:
     import torch as _torch  # noqa: F401
 except ImportError as error:
-    raise ImportError(
-        "mpitrain.torch needs PyTorch; install it first, or pip install mpitrain[torch]"
-    ) from error
+    raise ImportError("mpitrain.torch needs PyTorch; install it first, or pip install mpitrain[torch]") from error
 
 from mpitrain.errors import CollectiveError as HorovodInternalError
 from mpitrain.torch.compression import Compression

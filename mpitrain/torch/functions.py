@@ -25,8 +25,8 @@ def broadcast_parameters(
     """Give all ranks the root's parameters, in place.
 
     Args:
-        params: `model.state_dict()`, `model.named_parameters()`, or a list of tensors or (name, tensor) pairs. Values of
-            a dict that are no tensors are left alone.
+        params: `model.state_dict()`, `model.named_parameters()`, or a list of tensors or (name, tensor) pairs.
+            Values that are no tensors are left alone.
         root_rank: Global rank.
         process_set: Whose ranks take part.
 
@@ -57,9 +57,7 @@ def broadcast_tensors(tensors: list[Tensor], root_rank: int, name: str, process_
     handle = negotiator_of(process_set, "broadcast").start(
         f"broadcast.{name}", "broadcast", buffers, root=root, in_place=True
     )
-    changed = [
-        (target, buffer) for target, buffer in zip(targets, buffers, strict=True) if target is not buffer
-    ]
+    changed = [(target, buffer) for target, buffer in zip(targets, buffers, strict=True) if target is not buffer]
     handle.wait()
     torch.autograd.graph.increment_version(targets)
     with torch.no_grad():
@@ -90,9 +88,7 @@ def broadcast_object(
     content = problem.encode() if problem else data
     header = torch.tensor([len(content), bool(problem)], dtype=torch.int64)
     length, has_failed = broadcast(header, root_rank, _part(name, "size"), process_set).tolist()
-    payload = (
-        torch.frombuffer(bytearray(content), dtype=torch.uint8) if is_root and content else _bytes(length)
-    )
+    payload = torch.frombuffer(bytearray(content), dtype=torch.uint8) if is_root and content else _bytes(length)
     payload = broadcast(payload, root_rank, _part(name, "bytes"), process_set)
     received = payload.numpy().tobytes()
     if has_failed:
@@ -100,9 +96,7 @@ def broadcast_object(
     return obj if is_root else pickle.loads(received)
 
 
-def allgather_object(
-    obj: Any, name: str | None = None, process_set: ProcessSet = global_process_set
-) -> list[Any]:
+def allgather_object(obj: Any, name: str | None = None, process_set: ProcessSet = global_process_set) -> list[Any]:
     """Return the objects of all ranks, in rank order.
 
     Ranks of one job trust each other: unpickling runs code that a peer chooses.
@@ -207,14 +201,14 @@ def _named_tensors(params: Any) -> list[tuple[str, Tensor]]:
     elif isinstance(params, Iterable) and not isinstance(params, (str, torch.Tensor)):
         items = [item if isinstance(item, tuple) else (str(index), item) for index, item in enumerate(params)]
     else:
-        raise ValueError(f"invalid params of type: {type(params)}; pass a state dict or named parameters")
+        raise ValueError(f"invalid params of type: {type(params)}; pass a state dict or named parameters")  # noqa: TRY004  (Horovod's class)
     return [(name, tensor) for name, tensor in items if isinstance(tensor, torch.Tensor)]
 
 
 def _pickled(obj: Any) -> tuple[bytes, str]:
     try:
         return pickle.dumps(obj), ""
-    except Exception as problem:  # whatever a class's own pickling raises
+    except Exception as problem:  # noqa: BLE001  (whatever a class's own pickling raises)
         return b"", f"{type(obj).__qualname__} cannot be pickled ({problem})"
 
 

@@ -81,9 +81,7 @@ def allreduce_async_(
 ) -> int:
     """Start an `allreduce_`; returns a handle. The tensor must be left alone until it is synchronized."""
     reduction = _reduction(average, op)
-    return _start_allreduce(
-        [tensor], name, reduction, prescale_factor, postscale_factor, process_set, _first, True
-    )
+    return _start_allreduce([tensor], name, reduction, prescale_factor, postscale_factor, process_set, _first, True)
 
 
 def allreduce(
@@ -160,9 +158,7 @@ def grouped_allreduce_async_(
 ) -> int:
     """Start a `grouped_allreduce_`; returns one handle."""
     reduction = _reduction(average, op)
-    return _start_allreduce(
-        tensors, name, reduction, prescale_factor, postscale_factor, process_set, list, True
-    )
+    return _start_allreduce(tensors, name, reduction, prescale_factor, postscale_factor, process_set, list, True)
 
 
 def grouped_allreduce(
@@ -178,12 +174,9 @@ def grouped_allreduce(
     """Reduce several tensors together, all or none; see `allreduce`."""
     pairs = [compression.compress(tensor) for tensor in tensors]
     compressed = [tensor for tensor, _ in pairs]
-    handle = grouped_allreduce_async(
-        compressed, average, name, op, prescale_factor, postscale_factor, process_set
-    )
+    handle = grouped_allreduce_async(compressed, average, name, op, prescale_factor, postscale_factor, process_set)
     return [
-        compression.decompress(result, context)
-        for result, (_, context) in zip(synchronize(handle), pairs, strict=True)
+        compression.decompress(result, context) for result, (_, context) in zip(synchronize(handle), pairs, strict=True)
     ]
 
 
@@ -202,16 +195,12 @@ def grouped_allreduce_(
     )
 
 
-def allgather_async(
-    tensor: Tensor, name: str | None = None, process_set: ProcessSet = global_process_set
-) -> int:
+def allgather_async(tensor: Tensor, name: str | None = None, process_set: ProcessSet = global_process_set) -> int:
     """Start an `allgather`; returns a handle."""
     return _start("allgather", [tensor], name, process_set, _first)
 
 
-def allgather(
-    tensor: Tensor, name: str | None = None, process_set: ProcessSet = global_process_set
-) -> Tensor:
+def allgather(tensor: Tensor, name: str | None = None, process_set: ProcessSet = global_process_set) -> Tensor:
     """Concatenate the tensors of all ranks along the first dimension, in rank order.
 
     Args:
@@ -435,9 +424,7 @@ def _start_alltoall(
 
 def _split_rows(tensor: Tensor, splits: Tensor | Sequence[int] | None, size: int) -> list[int]:
     if tensor.dim() == 0:
-        raise ValueError(
-            "alltoall: tensor must have a dimension to cut along, got shape (); reshape the tensor"
-        )
+        raise ValueError("alltoall: tensor must have a dimension to cut along, got shape (); reshape the tensor")
     if splits is None:
         if tensor.shape[0] % size:
             raise ValueError(
@@ -451,9 +438,7 @@ def _split_rows(tensor: Tensor, splits: Tensor | Sequence[int] | None, size: int
         )
     rows = [int(row) for row in (splits.tolist() if isinstance(splits, torch.Tensor) else splits)]
     if len(rows) != size:
-        raise ValueError(
-            f"Number of entries in splits does not equal number of workers, got {len(rows)} for {size}"
-        )
+        raise ValueError(f"Number of entries in splits does not equal number of workers, got {len(rows)} for {size}")
     if sum(rows) > tensor.shape[0] or min(rows) < 0:
         raise ValueError(
             "Sum of splits entries is greater than the first dimension of tensor, or one is negative, "
@@ -481,7 +466,5 @@ def _reduction(average: bool | None, op: ReduceOp | int | None) -> ReduceOp:
         return Average if average else Sum
     reduction = Average if op is None else parse_op(op)
     if reduction is ReduceOp.ADASUM:
-        raise ValueError(
-            "op: adasum is not elementwise and not available here, got Adasum; use Average or Sum"
-        )
+        raise ValueError("op: adasum is not elementwise and not available here, got Adasum; use Average or Sum")
     return reduction

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ class _Distributed(torch.optim.Optimizer):
     _is_synchronized: bool
     _should_synchronize: bool
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Wait for the averaged gradients, then step as the wrapped optimizer does.
 
         Args:
@@ -71,20 +71,11 @@ class _Distributed(torch.optim.Optimizer):
         """
         if self._reducer is not None:
             self._reducer.synchronize()
-            parameters = self._named_parameters()
+            parameters = _trained(self, self._name_of)
             if not self._reducer.has_all(parameters):
                 # Parameter groups were added, or parameters unfrozen.
                 self._reducer.extend(parameters)
         self._is_synchronized = True
-
-    def _named_parameters(self) -> list[tuple[str, torch.Tensor]]:
-        """Return (name, parameter) of all that have gradients."""
-        return [
-            (self._name_of.get(param, f"allreduce.noname.{index}.{position}"), param)
-            for index, group in enumerate(self.param_groups)
-            for position, param in enumerate(group["params"])
-            if param.requires_grad
-        ]
 
     @contextlib.contextmanager
     def skip_synchronize(self) -> Iterator[None]:
@@ -106,7 +97,8 @@ class _Distributed(torch.optim.Optimizer):
         """Clear the gradients.
 
         Raises:
-            AssertionError: Gradients of a backward pass have been taken and neither `step` nor `synchronize` was called.
+            AssertionError: Gradients of a backward pass have been taken, and not been waited for since by `step` or
+                `synchronize`.
         """
         if self._reducer is not None and self._reducer.is_in_flight:
             raise AssertionError(
@@ -139,8 +131,8 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
 ) -> Any:
     """Wrap an optimizer so that it steps with gradients reduced over all ranks.
 
-    Every rank must call, in the same order if there are several optimizers. The result is an instance of the optimizer's
-    own class, with its parameter groups and its state. Communication runs while the backward pass does.
+    Every rank must call, in the same order if there are several optimizers. The result is an instance of the
+    optimizer's own class, with its parameter groups and its state. Communication runs while the backward pass does.
 
     Args:
         optimizer: Any `torch.optim.Optimizer`.
@@ -162,21 +154,17 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
     _check_compression(compression)
     op = parse_op(op)
     if isinstance(optimizer, _Distributed):
-        raise ValueError(f"optimizer: is distributed already, got {optimizer!r}; wrap the original one")
+        raise ValueError(f"optimizer: is distributed already, got {optimizer!r}; wrap the original one")  # noqa: TRY004
     if gradient_predivide_factor != 1.0 and op is not Average:
         raise ValueError(
             "gradient_predivide_factor not supported with op != Average, "
             f"got {gradient_predivide_factor} with {op.name.lower()}; leave one out"
         )
     if op is ReduceOp.ADASUM:
-        raise ValueError(
-            "op: adasum is not elementwise and not available here, got Adasum; use Average or Sum"
-        )
+        raise ValueError("op: adasum is not elementwise and not available here, got Adasum; use Average or Sum")
     name_of = _names(optimizer, named_parameters)
     original = type(optimizer)
-    made: Any = object.__new__(
-        type(original.__name__, (_Distributed, original), {"__module__": original.__module__})
-    )
+    made: Any = object.__new__(type(original.__name__, (_Distributed, original), {"__module__": original.__module__}))
     # A learning rate scheduler puts a step of its own into the original, which would go past this one's.
     kept = {name: value for name, value in vars(optimizer).items() if name != "step"}
     state = {
@@ -190,7 +178,7 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
         group = negotiator_of(process_set, "DistributedOptimizer").group
         if group.size > 1:
             scaling = _scaling(op, group.size, gradient_predivide_factor, compression)
-            parameters = made._named_parameters()
+            parameters = _trained(made, name_of)
             vars(made)["_reducer"] = GradientReducer(parameters, group, scaling, backward_passes_per_step)
     return made
 
@@ -220,9 +208,7 @@ def _names(
     counts = collections.Counter(name for name, _ in pairs)
     repeated = sorted(name for name, count in counts.items() if count > 1)
     if repeated:
-        raise ValueError(
-            f"Parameter names in named_parameters must be unique. Found duplicates: {', '.join(repeated)}"
-        )
+        raise ValueError(f"Parameter names in named_parameters must be unique. Found duplicates: {', '.join(repeated)}")
     name_of = {param: name for name, param in pairs}
     params = [param for group in optimizer.param_groups for param in group["params"]]
     unnamed = [param for param in params if param not in name_of]
@@ -232,6 +218,16 @@ def _names(
             f"{len(unnamed)} of {len(params)}, the first of shape {list(unnamed[0].shape)}; name all or none"
         )
     return name_of
+
+
+def _trained(optimizer: torch.optim.Optimizer, name_of: Mapping[torch.Tensor, str]) -> list[tuple[str, torch.Tensor]]:
+    """Return (name, parameter) of the optimizer's parameters that have gradients."""
+    return [
+        (name_of.get(param, f"allreduce.noname.{index}.{position}"), param)
+        for index, group in enumerate(optimizer.param_groups)
+        for position, param in enumerate(group["params"])
+        if param.requires_grad
+    ]
 
 
 def _is_named(pair: object) -> bool:
@@ -250,6 +246,4 @@ def _check_compression(compression: type[Compressor]) -> None:
 
 def _check_passes(passes: int) -> None:
     if passes < 1:
-        raise ValueError(
-            f"backward_passes_per_step: must be at least 1, got {passes}; 1 steps after every pass"
-        )
+        raise ValueError(f"backward_passes_per_step: must be at least 1, got {passes}; 1 steps after every pass")

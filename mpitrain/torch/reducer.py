@@ -1,8 +1,8 @@
 """Averages gradients over all ranks while the backward pass still runs.
 
-A hook on each parameter gets its fresh gradient while that is still in the cache, and copies it into
-its place in a bucket, scaled and cast in the same pass. A bucket that is full is all-reduced at once, in the background.
-Buckets start in one order on all ranks, whatever the order in which they fill, so nothing needs to be negotiated.
+A hook on each parameter gets its fresh gradient while that is still in the cache, and copies it into its place in a
+bucket, scaled and cast in the same pass. A bucket that is full is all-reduced at once, in the background, in memory
+that the ranks of a node share. Buckets start in one order on all ranks, whatever the order in which they fill, so nothing needs to be negotiated.
 
 Until a step's buckets are synchronized, `param.grad` of a gradient in flight is None: nobody can read or change half
 a sum. Then it is a view of the bucket; no copy is made.
@@ -20,11 +20,16 @@ import torch
 
 from mpitrain.collectives import Communicator, Handle, PersistentPlan
 from mpitrain.errors import CollectiveMismatchError, NotInitializedError
+from mpitrain.memory import SharedArray, as_dtype
 from mpitrain.torch.buckets import bucket_layout
+from mpitrain.torch.leases import lender_of
 
 __all__ = ["GradientReducer", "Scaling"]
 
 Tensor = torch.Tensor
+
+# Buckets begin on cache lines.
+_LINE_NBYTES = 64
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -100,8 +105,10 @@ class GradientReducer:
         self._scaling = scaling
         self.passes = passes
         # All ranks agree once, here, so that no operation needs a check of its own.
+        self._lender = lender_of(group)
         self._check_same(parameters)
-        self._comm = group.duplicate(group.settings.replace(check=False))
+        self._lease = self._lender.lend(group, self)
+        self._comm = self._lease.comm
         self._ended = ""
         self._slots: list[_Slot] = []
         self._slot_of: dict[Tensor, _Slot] = {}
@@ -110,6 +117,7 @@ class GradientReducer:
         self._order: list[int] = []
         self._arrivals: list[int] | None = []
         self._buckets: list[_Bucket] = []
+        self._memory: SharedArray | None = None
         self._next = 0
         group.before_leaving(self.leave)
         # Backward passes usually make gradients in the opposite order of the parameters; the first one will tell.
@@ -144,6 +152,7 @@ class GradientReducer:
             assert bucket.handle is not None
             bucket.handle.wait()
             self._hand_out(bucket)
+        self._lease.started.clear()
         self._next = 0
         self.reset()
         if self._arrivals is not None:
@@ -170,14 +179,18 @@ class GradientReducer:
 
     def leave(self, reason: str) -> None:
         """Tell the others that no more gradients come from this rank."""
-        self._ended = f"this rank {reason}"
-        self._comm.leave(reason)
+        if not self._ended:
+            self._ended = f"this rank {reason}"
+            self._comm.leave(reason)
 
-    def _retire(self) -> None:
-        self._ended = "its parameters were given to another one"
-        for hook in self._hooks:
-            hook.remove()
-        _alive.discard(self)
+    def give_up(self, params: Sequence[Tensor]) -> None:
+        """Retire if one of the parameters is among its own: two reducers would take the gradient from each other."""
+        if any(param in self._slot_of for param in params):
+            self._ended = "its parameters were given to another one"
+            for hook in self._hooks:
+                hook.remove()
+            self._lease.end()
+            _alive.discard(self)
 
     def _check_alive(self) -> None:
         if self._ended:
@@ -187,24 +200,26 @@ class GradientReducer:
     def _add(self, parameters: Sequence[tuple[str, Tensor]]) -> list[int]:
         """Make slots for parameters, and return their positions."""
         slots = [
-            _Slot(position, name, param)
-            for position, (name, param) in enumerate(parameters, start=len(self._slots))
+            _Slot(position, name, param) for position, (name, param) in enumerate(parameters, start=len(self._slots))
         ]
         for other in list(_alive):
-            if other is not self and any(slot.param in other._slot_of for slot in slots):
-                other._retire()
+            if other is not self:
+                other.give_up([slot.param for slot in slots])
         # The hooks do not keep the reducer alive: a parameter whose optimizer is gone is one like any other.
         on_gradient = _weak_hook(weakref.WeakMethod(self._on_gradient))
         for slot in slots:
             self._slots.append(slot)
             self._slot_of[slot.param] = slot
-            self._hooks.append(slot.param.register_post_accumulate_grad_hook(on_gradient))
+            hook = slot.param.register_post_accumulate_grad_hook(on_gradient)  # type: ignore[no-untyped-call]
+            self._hooks.append(hook)
         return [slot.position for slot in slots]
 
     def _check_same(self, parameters: Sequence[tuple[str, Tensor]]) -> None:
         mine = [f"{self._scaling}, {self.passes} backward passes per step"]
         mine += [f"{name}: {param.dtype} {list(param.shape)}" for name, param in parameters]
-        everybodys = self._group.allgather_obj(mine)
+        said = self._group.allgather_obj((self._lender.returned(), mine))
+        self._lender.free([returned for returned, _ in said])
+        everybodys = [others for _, others in said]
         for rank, others in enumerate(everybodys):
             if others != everybodys[0]:
                 pairs = zip_longest(everybodys[0], others, fillvalue="nothing")
@@ -218,10 +233,7 @@ class GradientReducer:
         """Lay out the buckets for gradients that come in this order."""
         settings = self._comm.settings
         dtypes = [self._wire_dtype(slot.param) for slot in self._slots]
-        sizes = [
-            (slot.param.numel() * dtype.itemsize, dtype)
-            for slot, dtype in zip(self._slots, dtypes, strict=True)
-        ]
+        sizes = [(slot.param.numel() * dtype.itemsize, dtype) for slot, dtype in zip(self._slots, dtypes, strict=True)]
         layout = bucket_layout(
             sizes,
             order,
@@ -230,13 +242,31 @@ class GradientReducer:
         )
         self._order = order
         self._buckets = []
-        for members in layout:
-            slots = [self._slots[position] for position in members]
-            buffer = torch.zeros(sum(slot.param.numel() for slot in slots), dtype=dtypes[members[0]])
-            plan = self._comm.plan_allreduce_(buffer, op=self._scaling.op)
-            self._buckets.append(_Bucket(slots, buffer, plan))
+        counts = [sum(self._slots[position].param.numel() for position in members) for members in layout]
+        nbytes_of = [
+            _aligned(count * dtypes[members[0]].itemsize) for members, count in zip(layout, counts, strict=True)
+        ]
+        memory = self._memory_of(sum(nbytes_of))
+        offset = 0
+        for members, count, nbytes in zip(layout, counts, nbytes_of, strict=True):
+            array = memory.part(as_dtype(dtypes[members[0]]), offset, count)
+            offset += nbytes
+            plan = self._comm.plan_allreduce_(array, op=self._scaling.op)
+            self._buckets.append(_Bucket([self._slots[position] for position in members], array.tensor(), plan))
         self._next = 0
         self.reset()
+
+    def _memory_of(self, nbytes: int) -> SharedArray:
+        """Return the memory for all buckets, which the node shares; the same as before as long as it suffices."""
+        if self._memory is not None and nbytes <= self._memory.flat.nbytes:
+            # Gradients of the step that ends here lie where the next buckets will be.
+            for slot in self._slots:
+                if slot.param.grad is not None:
+                    slot.param.grad = slot.param.grad.clone()
+        else:
+            # The order of the parameters changes how they fit into buckets, but each adds less than a line.
+            self._memory = self._group.allocate(nbytes + len(self._slots) * _LINE_NBYTES, "uint8")
+        return self._memory
 
     def _wire_dtype(self, param: Tensor) -> torch.dtype:
         wire_dtype = self._scaling.wire_dtype
@@ -282,6 +312,7 @@ class GradientReducer:
         while self._next < len(self._buckets) and not self._buckets[self._next].missing:
             bucket = self._buckets[self._next]
             bucket.handle = bucket.plan.start()
+            self._lease.started.append(bucket.handle)
             self._next += 1
 
     def _hand_out(self, bucket: _Bucket) -> None:
@@ -304,6 +335,10 @@ class GradientReducer:
         self._arrivals = None
         unused = set(self._order) - set(arrivals)
         self._build(arrivals + sorted(unused, reverse=True))
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _LINE_NBYTES) * _LINE_NBYTES
 
 
 # The reducers that parameters belong to.

@@ -179,9 +179,7 @@ def add_process_set(process_set: ProcessSet | Sequence[int]) -> ProcessSet:
     proposals = current.comm.allgather_obj(made.ranks)
     ranks = proposals[0]
     if any(proposal != ranks for proposal in proposals):
-        raise ValueError(
-            f"process set: must be the same on every rank, got {proposals} by rank; pass equal ranks"
-        )
+        raise ValueError(f"process set: must be the same on every rank, got {proposals} by rank; pass equal ranks")
     if not ranks or len(set(ranks)) != len(ranks) or ranks[0] < 0 or ranks[-1] >= current.comm.size:
         raise ValueError(
             f"process set: must have different ranks of 0 to {current.comm.size - 1}, got {ranks}; correct the ranks"

@@ -61,9 +61,7 @@ class TrainingLoop:
                 f"use {max(1, round(batch_size / size)) * size}"
             )
         if batch_size > sampler.count:
-            raise ValueError(
-                f"batch size: must be at most the {sampler.count} samples, got {batch_size}; lower it"
-            )
+            raise ValueError(f"batch size: must be at most the {sampler.count} samples, got {batch_size}; lower it")
         self.model = model
         self.optimizer = optimizer
         self.schedule = schedule

@@ -57,9 +57,7 @@ class ShardedSampler(torch.utils.data.Sampler[int]):
         if count < 1:
             raise ValueError(f"count: must be at least 1, got {count}; pass the number of samples")
         if not 0 <= rank < size:
-            raise ValueError(
-                f"rank: must be 0 to size - 1, got {rank} and size {size}; pass those of one group"
-            )
+            raise ValueError(f"rank: must be 0 to size - 1, got {rank} and size {size}; pass those of one group")
         if seed < 0:
             raise ValueError(f"seed: must be 0 or more, got {seed}; pass the same number on every rank")
         self.count = count

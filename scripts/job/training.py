@@ -144,8 +144,8 @@ class _Job:
         parameters = sum(param.numel() for param in self.loop.model.parameters())
         origin = f", from step {self.first_step} of {self.options.checkpoint}" if self.first_step else ""
         return (
-            f"{hvd.size()} ranks, {parameters} parameters, {self.workload.num_samples} samples, "
-            f"batches of {self.options.batch_size}{origin}"
+            f"{hvd.size()} {'rank' if hvd.size() == 1 else 'ranks'}, {parameters} parameters, "
+            f"{self.workload.num_samples} samples, batches of {self.options.batch_size}{origin}"
         )
 
     def _report(self) -> str:
@@ -222,19 +222,16 @@ def _check_options(options: Namespace, comm: Communicator) -> None:
 
 def _make_loop(options: Namespace, workload: Workload) -> TrainingLoop:
     model = workload.model
-    optimizer = hvd.DistributedOptimizer(
-        workload.make_optimizer(model.parameters(), options.lr), named_parameters=model.named_parameters()
-    )
     try:
-        scaling = linear_scaling(options.batch_size / options.lr_batch_size, options.warmup_steps)
-        sampler = ShardedSampler(
-            workload.num_samples, hvd.rank(), hvd.size(), seed=options.seed, drop_last=True
+        optimizer = hvd.DistributedOptimizer(
+            workload.make_optimizer(model.parameters(), options.lr), named_parameters=model.named_parameters()
         )
+        scaling = linear_scaling(options.batch_size / options.lr_batch_size, options.warmup_steps)
         return TrainingLoop(
             model,
             optimizer,
             torch.optim.lr_scheduler.LambdaLR(optimizer, scaling),
-            sampler,
+            ShardedSampler(workload.num_samples, hvd.rank(), hvd.size(), seed=options.seed, drop_last=True),
             batch_size=options.batch_size,
             batch_loss=workload.batch_loss,
             max_grad_norm=workload.max_grad_norm,

@@ -21,10 +21,14 @@ from mpitrain import Communicator
 
 SIZES_NBYTES = (1 << 10, 1 << 14, 1 << 18, 1 << 20, 1 << 22, 1 << 25, 1 << 27)
 ALGORITHMS = ("ring", "halving_doubling", "auto")
+SHARED = "auto, shared"
 
 
 def measure(comm: Communicator, nbytes: int, seconds: float) -> dict[str, float]:
-    """Return the median time of each side in seconds."""
+    """Return the median time of each side in seconds.
+
+    All work on an ordinary array in place, but for the one that has a buffer in shared memory.
+    """
     native = MPI.COMM_WORLD.Dup()
     array = np.zeros(nbytes // 4, np.float32)
     tensor = torch.from_numpy(array)
@@ -32,12 +36,17 @@ def measure(comm: Communicator, nbytes: int, seconds: float) -> dict[str, float]
         "MPI_Allreduce": lambda: native.Allreduce(MPI.IN_PLACE, array),
         "Gloo": lambda: dist.all_reduce(tensor),
     }
-    for name in ALGORITHMS:
+    names = [name for name in comm.known_algorithms("allreduce") if name in (*ALGORITHMS, "direct", "hierarchical")]
+    for name in names:
         sides[name] = comm.plan_allreduce_(array, algorithm=name).run
+    shared = comm.allocate(nbytes // 4, "float32")
+    sides[SHARED] = comm.plan_allreduce_(shared).run
     once_s = interleaved_medians_s(sides, repeats=3)
     repeats = int(np.clip(seconds / sum(once_s.values()), 5, 300))
     medians_s = interleaved_medians_s(sides, MPI.COMM_WORLD.bcast(repeats))
     native.Free()
+    sides.clear()
+    shared.free()
     return medians_s
 
 

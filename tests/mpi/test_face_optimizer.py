@@ -263,7 +263,9 @@ def test_parameters_of_several_dtypes_and_no_dimensions_or_elements():
 
 
 def assert_same_bits_complex(model):
-    mine = [torch.view_as_real(p.detach()).tolist() if p.is_complex() else p.detach().tolist() for p in model.parameters()]
+    mine = [
+        torch.view_as_real(p.detach()).tolist() if p.is_complex() else p.detach().tolist() for p in model.parameters()
+    ]
     assert all(theirs == mine for theirs in hvd.allgather_object(mine))
 
 
@@ -516,7 +518,11 @@ def test_learning_rate_schedulers(order):
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5)
     single = sgd(reference.parameters())
     single_scheduler = torch.optim.lr_scheduler.StepLR(single, 2, gamma=0.5)
-    quiet = pytest.warns(UserWarning, match="before `optimizer.step") if order == "scheduler first" else contextlib.nullcontext()
+    quiet = (
+        pytest.warns(UserWarning, match="before `optimizer.step")
+        if order == "scheduler first"
+        else contextlib.nullcontext()
+    )
     with quiet:
         for step in range(6):
             train_both(model, optimizer, reference, single, step)
@@ -599,7 +605,12 @@ def test_predivided_averages(factor):
 
 @pytest.mark.parametrize(
     ("op", "expected"),
-    [(hvd.Sum, lambda n: n * (n + 1) / 2), (hvd.Min, lambda n: 1.0), (hvd.Max, lambda n: n), (hvd.Average, lambda n: (n + 1) / 2)],
+    [
+        (hvd.Sum, lambda n: n * (n + 1) / 2),
+        (hvd.Min, lambda n: 1.0),
+        (hvd.Max, lambda n: n),
+        (hvd.Average, lambda n: (n + 1) / 2),
+    ],
 )
 def test_reductions(op, expected):
     parameter = torch.nn.Parameter(torch.ones(3))
@@ -850,9 +861,9 @@ def test_a_dropped_optimizer_leaves_plain_parameters():
 
 
 @needs_peers
-def test_memory_of_dropped_optimizers_is_given_back():
+def test_dropped_optimizers_give_back_memory_and_communicators():
     alive = weakref.WeakSet()
-    for _ in range(50):
+    for _ in range(30):
         parameter = torch.nn.Parameter(torch.ones(1000))
         optimizer = hvd.DistributedOptimizer(sgd([parameter]))
         for _ in range(2):
@@ -860,9 +871,32 @@ def test_memory_of_dropped_optimizers_is_given_back():
             optimizer.step()
         alive.update(slot.view for slot in optimizer._reducer._slots)
         alive.add(parameter)
+    leases = optimizer._reducer._lender._leases
+    # All but this one and its predecessor, which was still there when this one was made.
+    assert len(leases) == 2
     del optimizer, parameter
     gc.collect()
     assert len(alive) == 0
+
+
+@needs_peers
+def test_a_communicator_is_given_back_only_when_no_rank_uses_it():
+    kept = []
+    for turn in range(4):
+        parameter = torch.nn.Parameter(torch.ones(3))
+        optimizer = hvd.DistributedOptimizer(sgd([parameter]))
+        leases = optimizer._reducer._lender._leases
+        if hvd.rank() == 0 and turn < 2:
+            kept.append((parameter, optimizer))
+        if turn == 2:
+            parameter.sum().backward()  # and never waited for, so perhaps in flight when it is dropped
+    before = len(leases)
+    kept.clear()
+    del optimizer
+    last = hvd.DistributedOptimizer(sgd([torch.nn.Parameter(torch.ones(3))]))
+    assert len(leases) <= before - 2
+    assert hvd.allgather_object(sorted(leases)) == [sorted(leases)] * hvd.size()
+    del last
 
 
 def test_wrapping_twice_is_refused():

@@ -194,7 +194,9 @@ def test_same_names_in_two_sets_and_opposite_orders(world):
     first = hvd.add_process_set([0, 1])
     if world.rank < 2:
         sets = [first, hvd.global_process_set][:: 1 if world.rank else -1]
-        handles = {id(each): hvd.allreduce_async(torch.ones(1), name="a", op=hvd.Sum, process_set=each) for each in sets}
+        handles = {
+            id(each): hvd.allreduce_async(torch.ones(1), name="a", op=hvd.Sum, process_set=each) for each in sets
+        }
         assert hvd.synchronize(handles[id(first)]).item() == 2
         assert hvd.synchronize(handles[id(hvd.global_process_set)]).item() == world.size
     else:

@@ -94,9 +94,7 @@ def alone(optimizer: torch.optim.Optimizer, named_parameters: Any) -> torch.opti
 
 
 def mean_losses(loop: TrainingLoop) -> list[float]:
-    losses: list[float] = hvd.allreduce(
-        torch.tensor(loop.losses, dtype=torch.float64), name="losses"
-    ).tolist()
+    losses: list[float] = hvd.allreduce(torch.tensor(loop.losses, dtype=torch.float64), name="losses").tolist()
     return losses
 
 
@@ -123,9 +121,7 @@ def test_clipped_steps_leave_the_same_parameters_on_all_ranks(comm, digits) -> N
     before = [param.detach().clone() for param in loop.model.parameters()]
     list(loop.run(3))
     check_replicas(loop.model.state_dict(), comm)
-    moved = torch.cat(
-        [(param - old).flatten() for param, old in zip(loop.model.parameters(), before, strict=True)]
-    )
+    moved = torch.cat([(param - old).flatten() for param, old in zip(loop.model.parameters(), before, strict=True)])
     # Three steps of at most 0.01 * 0.014 each, and the momentum of those before.
     assert 0 < moved.norm().item() < 0.01 * 0.014 * 6
 
@@ -206,13 +202,8 @@ def test_the_script_trains_with_every_algorithm(comm, digits, folder, monkeypatc
     monkeypatch.setenv("MPITRAIN_ALGORITHM", "auto")
     plans = []
     plan = Communicator.plan_allreduce_
-    monkeypatch.setattr(
-        Communicator, "plan_allreduce_", lambda *a, **k: plans.append(made := plan(*a, **k)) or made
-    )
-    assert (
-        digits.main(["--epochs", "1", "--batch-size", "120", "--algorithm", algorithm, "--json", str(path)])
-        == 0
-    )
+    monkeypatch.setattr(Communicator, "plan_allreduce_", lambda *a, **k: plans.append(made := plan(*a, **k)) or made)
+    assert digits.main(["--epochs", "1", "--batch-size", "120", "--algorithm", algorithm, "--json", str(path)]) == 0
     hvd.init()
     results = world().broadcast_obj(json.loads(path.read_text()) if hvd.rank() == 0 else None)
     assert results["ranks"] == hvd.size()

@@ -45,14 +45,18 @@ def test_first_dimensions_may_differ_where_rows_are_joined(announcement: Announc
         (
             REDUCED,
             REDUCED._replace(tensors=tensors((3, 2))),
-            "Mismatched ALLREDUCE tensor shapes: One rank sent a tensor of shape [2, 3], but another rank sent a "
-            "tensor of shape [3, 2].",
+            (
+                "Mismatched ALLREDUCE tensor shapes: One rank sent a tensor of shape [2, 3], but another rank sent a "
+                "tensor of shape [3, 2]."
+            ),
         ),
         (
             REDUCED,
             REDUCED._replace(tensors=tensors((6,))),
-            "Mismatched ALLREDUCE tensor shapes: One rank sent a tensor of shape [2, 3], but another rank sent a "
-            "tensor of shape [6].",
+            (
+                "Mismatched ALLREDUCE tensor shapes: One rank sent a tensor of shape [2, 3], but another rank sent a "
+                "tensor of shape [6]."
+            ),
         ),
         (
             REDUCED,
@@ -67,14 +71,18 @@ def test_first_dimensions_may_differ_where_rows_are_joined(announcement: Announc
         (
             REDUCED,
             REDUCED._replace(prescale=0.5),
-            "Mismatched prescale and/or postscale factors: One rank has factors (1.0, 1.0), but another rank has "
-            "factors (0.5, 1.0).",
+            (
+                "Mismatched prescale and/or postscale factors: One rank has factors (1.0, 1.0), but another rank has "
+                "factors (0.5, 1.0)."
+            ),
         ),
         (
             REDUCED,
             REDUCED._replace(postscale=0.5),
-            "Mismatched prescale and/or postscale factors: One rank has factors (1.0, 1.0), but another rank has "
-            "factors (1.0, 0.5).",
+            (
+                "Mismatched prescale and/or postscale factors: One rank has factors (1.0, 1.0), but another rank has "
+                "factors (1.0, 0.5)."
+            ),
         ),
         (
             SENT,
@@ -84,14 +92,18 @@ def test_first_dimensions_may_differ_where_rows_are_joined(announcement: Announc
         (
             GATHERED,
             GATHERED._replace(tensors=tensors((2, 4))),
-            "Mismatched ALLGATHER tensor shapes: One rank sent a tensor of shape [*, 3], but another rank sent a "
-            "tensor of shape [*, 4].",
+            (
+                "Mismatched ALLGATHER tensor shapes: One rank sent a tensor of shape [*, 3], but another rank sent a "
+                "tensor of shape [*, 4]."
+            ),
         ),
         (
             CUT,
             CUT._replace(tensors=tensors((2,))),
-            "Mismatched ALLTOALL tensor shapes: One rank sent a tensor of shape [*, 3], but another rank sent a "
-            "tensor of shape [*].",
+            (
+                "Mismatched ALLTOALL tensor shapes: One rank sent a tensor of shape [*, 3], but another rank sent a "
+                "tensor of shape [*]."
+            ),
         ),
     ],
 )

@@ -19,7 +19,9 @@ def make(size: int = 2, fusion_nbytes: int = 1 << 20) -> Coordinator:
     return Coordinator(size, fusion_nbytes, ITEMSIZES)
 
 
-def allreduce(name: str, *shapes: tuple[int, ...], dtype: str = "float32", op: str = "sum", **rest: float) -> Announcement:
+def allreduce(
+    name: str, *shapes: tuple[int, ...], dtype: str = "float32", op: str = "sum", **rest: float
+) -> Announcement:
     tensors = tuple(Tensor(dtype, shape) for shape in shapes or ((3,),))
     return Announcement(name, "allreduce", tensors, op, **rest)  # type: ignore[arg-type]
 

@@ -24,7 +24,8 @@ from mpitrain.errors import (
     CommTimeoutError,
     RankFailedError,
 )
-from mpitrain.negotiation import Negotiator, negotiator as negotiator_module
+from mpitrain.negotiation import Negotiator
+from mpitrain.negotiation import negotiator as negotiator_module
 
 SETTINGS = Settings(wait="sleep")
 WAIT_S = 20.0
@@ -182,9 +183,7 @@ def test_mismatch_is_an_error_on_every_rank_and_all_stays_usable(late: int) -> N
 
     texts = set(run(3, body))
     (text,) = texts
-    assert text.split("\n")[1:] == [
-        f"  rank {rank}: allreduce sum of float64 [{2 + (rank == 1)}]" for rank in range(3)
-    ]
+    assert text.split("\n")[1:] == [f"  rank {rank}: allreduce sum of float64 [{2 + (rank == 1)}]" for rank in range(3)]
 
 
 def test_a_meaningless_reduction_is_the_same_error_on_every_rank() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -41,7 +43,7 @@ def test_properties_of_every_layout(sizes, draw, bucket_nbytes, first_bucket_nby
 def test_a_bucket_is_closed_only_when_the_next_gradient_does_not_fit(nbytes):
     sizes = [(each, "float32") for each in nbytes]
     layout = layout_of(sizes, list(range(len(sizes))))
-    for index, (members, following) in enumerate(zip(layout, layout[1:], strict=False)):
+    for index, (members, following) in enumerate(itertools.pairwise(layout)):
         limit = 100 if index else 10
         assert sum(nbytes[position] for position in members) + nbytes[following[0]] > limit
 

@@ -75,9 +75,7 @@ def run(size: int, body: str) -> tuple[int, str, float]:
     ("waiting", "leaver", "size"),
     [("named", 0, 3), ("named", 2, 3), ("gradients", 1, 2), ("process set", 0, 3), ("construction", 1, 2)],
 )
-def test_an_exception_on_one_rank_ends_the_job_with_its_name_and_reason(
-    waiting: str, leaver: int, size: int
-) -> None:
+def test_an_exception_on_one_rank_ends_the_job_with_its_name_and_reason(waiting: str, leaver: int, size: int) -> None:
     body = f"""
 leaver = {leaver}
 def leave():
@@ -122,9 +120,7 @@ print("END")
 
 
 def test_one_process_without_a_launcher() -> None:
-    program = PROLOGUE + 'assert hvd.size() == 1\nprint(hvd.allreduce(torch.tensor(2.5)).item())'
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=LIMIT_S, check=False
-    )
+    program = PROLOGUE + "assert hvd.size() == 1\nprint(hvd.allreduce(torch.tensor(2.5)).item())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=LIMIT_S, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "2.5"

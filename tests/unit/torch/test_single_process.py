@@ -1,4 +1,4 @@
-"""One process that nobody launched: everything works, and costs no communication. Arguments are checked all the same."""
+"""One process that nobody launched: everything works without communication, and arguments are checked the same."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_names_must_be_pairs_unique_and_complete():
     wrap = hvd.DistributedOptimizer
     with pytest.raises(ValueError, match="named_parameters should be a sequence of tuples"):
         wrap(sgd(first), named_parameters=[first])
-    with pytest.raises(ValueError, match="must be unique. Found duplicates: a"):
+    with pytest.raises(ValueError, match=r"must be unique\. Found duplicates: a"):
         wrap(sgd(first, second), named_parameters=[("a", first), ("a", second)])
     with pytest.raises(ValueError, match=r"one or more model parameters were not named: 1 of 2, .* shape \[2\]"):
         wrap(sgd(first, second), named_parameters=[("a", first)])
@@ -103,7 +103,7 @@ def test_a_compression_that_would_be_ignored_is_refused():
         def compress(cls, tensor):
             return tensor * 0, None
 
-    with pytest.raises(ValueError, match="compression: must be Compression.none, .fp16 or .bf16, got"):
+    with pytest.raises(ValueError, match=r"compression: must be Compression\.none, \.fp16 or \.bf16, got"):
         hvd.DistributedOptimizer(sgd(), compression=Own)
 
 

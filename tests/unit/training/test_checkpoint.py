@@ -233,10 +233,7 @@ def test_a_crash_before_the_rename_leaves_the_old_file(saved, moment) -> None:
     done = subprocess.run([sys.executable, "-c", CRASH, str(saved), moment], timeout=60, check=False)
     assert done.returncode == 9
     # The crash came late enough: the new content was in the folder.
-    assert (
-        any(path.stat().st_size > 400_000 for path in saved.parent.iterdir() if path != saved)
-        or moment == "write"
-    )
+    assert any(path.stat().st_size > 400_000 for path in saved.parent.iterdir() if path != saved) or moment == "write"
     assert saved.read_bytes() == content
     target = make_model(1)
     run_communicators(1, lambda comm: load_checkpoint(saved, target, comm))

@@ -37,9 +37,7 @@ def renamed(tensors: dict[str, Any]) -> None:
     tensors["height"] = tensors.pop("weight")
 
 
-@pytest.mark.parametrize(
-    ("change", "name"), [(minus_zero, "half"), (transposed, "weight"), (renamed, "height")]
-)
+@pytest.mark.parametrize(("change", "name"), [(minus_zero, "half"), (transposed, "weight"), (renamed, "height")])
 def test_any_difference_is_an_error_on_every_rank(change, name) -> None:
     def body(comm: Communicator) -> object:
         mine = state()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 SCRIPTS = Path(__file__).parents[3] / "scripts"
 LIMIT_S = 60
@@ -88,6 +90,29 @@ def test_gpt_stops_within_an_epoch_and_goes_on_at_another_number_of_ranks(tmp_pa
     assert (second["first_step"], second["last_step"]) == (7, 20)
     assert first["losses"] + second["losses"] == pytest.approx(whole["losses"], abs=1e-4)
     assert second["test_loss"] == pytest.approx(whole["test_loss"], abs=1e-4)
+
+
+def test_gpt_looks_at_nothing_that_follows(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    gpt = importlib.import_module("train_gpt")
+    torch.manual_seed(1)
+    model = gpt.GPT(vocabulary=9, context=12, num_layers=2, width=32, num_heads=2)
+    tokens = torch.randint(9, (3, 12))
+    changed = tokens.clone()
+    changed[:, 7] = (changed[:, 7] + 1) % 9
+    difference = (model(tokens) - model(changed)).abs().amax(dim=(0, 2))
+    assert difference[:7].max() < 1e-6
+    assert difference[7:].min() > 1e-4
+
+
+def test_gpt_reads_the_text_that_it_writes(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    gpt = importlib.import_module("train_gpt")
+    assert gpt.decode(gpt.encode("def f(x):\n    return x")) == "def f(x):\n    return x"
+    assert gpt.decode(gpt.encode("é\t")) == "??"
+    text = gpt.read_text()
+    assert len(text) > 100_000
+    assert text == gpt.read_text()
 
 
 @pytest.mark.parametrize("size", [1, pytest.param(3, marks=needs_mpirun)])

@@ -1,0 +1,63 @@
+"""How `auto` is resolved on one communicator: by the measured table where it has an answer, else by prediction."""
+
+from __future__ import annotations
+
+from mpitrain.collectives.predict import predict_algorithm
+from mpitrain.collectives.selection import Available, check_algorithm, known_algorithms
+from mpitrain.collectives.table import Shape, Table
+from mpitrain.schedules import ALGORITHMS
+
+__all__ = ["AlgorithmChoice"]
+
+
+class AlgorithmChoice:
+    """Chooses algorithms for a group; all ranks choose the same, as they have made it of the same.
+
+    Args:
+        available: What can be run besides the schedules.
+        shape: Of the group.
+        table: What was measured, None if nothing was.
+        segment_nbytes: See `Settings`.
+    """
+
+    def __init__(self, available: Available, shape: Shape, table: Table | None, segment_nbytes: int) -> None:
+        self.table = table
+        self._available = available
+        self._shape = shape
+        self._segment_nbytes = segment_nbytes
+        self._candidates = {
+            collective: tuple(name for name in known_algorithms(collective, available) if name != "auto")
+            for collective in ALGORITHMS
+        }
+
+    def choose(self, collective: str, name: str, nbytes: int, *, blocking: bool = True, in_window: bool = False) -> str:
+        """Return the algorithm to run: `name` itself unless that is "auto".
+
+        Args:
+            collective: Such as "allreduce".
+            name: What the caller asked for.
+            nbytes: Bytes of the full buffer; same on every rank.
+            blocking: Whether the caller waits in the call; same on every rank.
+            in_window: Whether the array lies in memory that the node shares; same on every rank.
+
+        Raises:
+            ValueError: No such algorithm.
+        """
+        check_algorithm(collective, name, self._available)
+        if name != "auto":
+            return name
+        candidates = self._candidates[collective]
+        if self.table is not None:
+            measured = self.table.lookup(collective, nbytes, self._shape, blocking=blocking, in_window=in_window)
+            # The table may come from ranks that could share memory where these cannot.
+            if measured in candidates:
+                return str(measured)
+        return predict_algorithm(
+            collective,
+            nbytes,
+            self._shape,
+            candidates,
+            segment_nbytes=self._segment_nbytes,
+            blocking=blocking,
+            in_window=in_window,
+        )

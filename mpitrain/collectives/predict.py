@@ -1,0 +1,193 @@
+"""Which algorithm is the fastest where nothing was measured: the cheapest by the prices of a typical machine.
+
+Schedules are priced on a `Network`. What is no schedule has a formula of the same constants: the MPI library's own
+collectives, and the all-reduce in shared memory. Prices are made of what all ranks share, and of sums, products and
+quotients only, so every rank comes to the same result.
+
+The constants of one node were measured on 2 ranks of a virtual machine with 2 cores (Xeon with AVX-512, Open MPI
+5.0.11, Python 3.11), float32 sums in place, the fastest of many runs, in microseconds:
+
+    bytes    native   halving_doubling   ring   direct   direct in shared memory
+    8            10                 53     52       34                        24
+    64 KiB       24                 70     75       48                        28
+    1 MiB       171                228    238      203                        59
+    32 MiB    17300               4862   5755     6243                      2023
+
+Those between nodes are of a cluster with 10 Gbit/s links, and were not measured. What is compared is their
+ratio, which differs less between machines than they do themselves.
+"""
+
+from __future__ import annotations
+
+import functools
+from fractions import Fraction
+
+from mpitrain.collectives.selection import DIRECT, HIERARCHICAL, NATIVE, choose_num_segments
+from mpitrain.collectives.table import Shape
+from mpitrain.schedules import ALGORITHMS, Algorithm, Network, price
+
+__all__ = ["predict_algorithm", "predicted_s"]
+
+# One call: the Python that prepares and starts it.
+_SCHEDULE_CALL_S = 30e-6
+_NATIVE_CALL_S = 8e-6
+_STAGED_CALL_S = 35e-6
+_WINDOW_CALL_S = 24e-6
+
+# One round of a schedule, or one level of the tree that an MPI library builds.
+_ROUND_S = 20e-6
+_CROSS_ROUND_S = 60e-6
+_NATIVE_LEVEL_S = 2e-6
+_NATIVE_CROSS_LEVEL_S = 20e-6
+
+_BYTES_PER_S = 8e9
+_REDUCED_BYTES_PER_S = 10e9
+_CROSS_BYTES_PER_S = 1.25e9
+# Per byte of the array: in shared memory all is read and written once. Else it is also copied there and back.
+_WINDOW_BYTES_PER_S = 16e9
+_STAGED_BYTES_PER_S = 14e9
+_COPIED_BYTES_PER_S = 9e9
+# How many times longer than the best schedule's a byte takes in an MPI library: in a node beyond its caches, between
+# nodes, where it was 1.1 to 2.1, and without a caller who waits, where it was 1.9 to 3.4 from 256 KiB.
+_NATIVE_LARGE_NBYTES = 4 << 20
+_NATIVE_LARGE_FACTOR = 1.7
+_NATIVE_CROSS_FACTOR = 1.4
+_NATIVE_BACKGROUND_FACTOR = 2.5
+
+# Rounds times ranks up to which a schedule is walked, which takes some microseconds for each.
+_MOST_WALKED = 128
+# Prices that differ by less are the same.
+_ROUNDING = 1e-6
+# These send to the next rank only, so that one message at a time leaves a node and one enters it.
+_NEIGHBOURS_ONLY = ("ring", "chain")
+
+
+@functools.lru_cache(maxsize=4096)
+def predict_algorithm(
+    collective: str,
+    nbytes: int,
+    shape: Shape,
+    candidates: tuple[str, ...],
+    *,
+    segment_nbytes: int,
+    blocking: bool = True,
+    in_window: bool = False,
+) -> str:
+    """Return the candidate that costs least; the first of them where several do, but for rounding.
+
+    Args:
+        collective: A key of `ALGORITHMS`.
+        nbytes: Bytes of the full buffer.
+        shape: Of the group.
+        candidates: Names of algorithms that can be run there.
+        segment_nbytes: See `Settings`.
+        blocking: Whether the caller waits in the call.
+        in_window: Whether the array lies in memory that the ranks of a node share.
+    """
+    cost_s = functools.partial(predicted_s, segment_nbytes=segment_nbytes, blocking=blocking, in_window=in_window)
+    costs_s = {name: cost_s(collective, name, nbytes, shape) for name in candidates}
+    limit_s = min(costs_s.values()) * (1 + _ROUNDING)
+    return next(name for name in candidates if costs_s[name] <= limit_s)
+
+
+def predicted_s(
+    collective: str,
+    name: str,
+    nbytes: int,
+    shape: Shape,
+    *,
+    segment_nbytes: int,
+    blocking: bool = True,
+    in_window: bool = False,
+) -> float:
+    """Return the time that an algorithm is thought to take.
+
+    Raises:
+        ValueError: No such collective or algorithm.
+    """
+    if collective not in ALGORITHMS:
+        raise ValueError(f"collective: unknown, got {collective!r}; use one of {', '.join(ALGORITHMS)}")
+    if name == NATIVE:
+        return _native_s(collective, nbytes, shape, blocking=blocking)
+    if name in (DIRECT, HIERARCHICAL):
+        return _shared_memory_s(nbytes, shape, in_window=in_window)
+    if name not in ALGORITHMS[collective]:
+        raise ValueError(f"algorithm of {collective}: has no price, got {name!r}; name one of the registry")
+    num_segments = choose_num_segments(nbytes, segment_nbytes)
+    algorithm = ALGORITHMS[collective][name]
+    rounds_s, byte_s = _costs(algorithm, shape, num_segments if algorithm.takes_segments else 1)
+    return _SCHEDULE_CALL_S + rounds_s + nbytes * byte_s
+
+
+def _native_s(collective: str, nbytes: int, shape: Shape, *, blocking: bool) -> float:
+    """The best schedule's bytes, dearer for large buffers, at the latency of a tree in C."""
+    levels_s = _levels(shape.largest) * _NATIVE_LEVEL_S + _levels(shape.num_nodes) * _NATIVE_CROSS_LEVEL_S
+    byte_s = min(_costs(algorithm, shape, 1)[1] for algorithm in ALGORITHMS[collective].values())
+    if not blocking:
+        weighted = nbytes * _NATIVE_BACKGROUND_FACTOR
+    elif shape.num_nodes > 1:
+        weighted = nbytes * _NATIVE_CROSS_FACTOR
+    else:
+        weighted = nbytes + (_NATIVE_LARGE_FACTOR - 1) * max(0, nbytes - _NATIVE_LARGE_NBYTES)
+    return _NATIVE_CALL_S + levels_s + weighted * byte_s
+
+
+def _shared_memory_s(nbytes: int, shape: Shape, *, in_window: bool) -> float:
+    """Load and store in each node; between nodes a ring at the same time, of each slice on its own."""
+    call_s, byte_s = _WINDOW_CALL_S, 1 / _WINDOW_BYTES_PER_S
+    if not in_window:
+        copied = 2 * (shape.largest - 1) / shape.largest
+        call_s, byte_s = _STAGED_CALL_S, 1 / _STAGED_BYTES_PER_S + copied / _COPIED_BYTES_PER_S
+    if shape.num_nodes == 1:
+        return call_s + nbytes * byte_s
+    num_rounds = 2 * (shape.num_nodes - 1)
+    cross_byte_s = num_rounds / shape.num_nodes / _CROSS_BYTES_PER_S
+    return _SCHEDULE_CALL_S + call_s + num_rounds * _CROSS_ROUND_S + nbytes * max(byte_s, cross_byte_s)
+
+
+@functools.lru_cache(maxsize=1024)
+def _costs(algorithm: Algorithm, shape: Shape, num_segments: int) -> tuple[float, float]:
+    """Return the seconds of a schedule's rounds, and those of each byte of the buffer."""
+    size = shape.size
+    is_alike = algorithm.is_symmetric and shape.smallest == shape.largest
+    walked = (1 if shape.num_nodes == 1 else shape.largest) if is_alike else size
+    if walked * algorithm.rounds(size, num_segments) > _MOST_WALKED:
+        return _costs_by_formula(algorithm, shape, num_segments)
+    network = Network(
+        latency_s=_ROUND_S,
+        bandwidth_bytes_per_s=_BYTES_PER_S,
+        reduction_bytes_per_s=_REDUCED_BYTES_PER_S,
+        ranks_per_node=shape.largest,
+        internode_latency_s=_CROSS_ROUND_S,
+        internode_bandwidth_bytes_per_s=_CROSS_BYTES_PER_S,
+    )
+    # What is moved takes time in proportion to its bytes, so one price tells that of all sizes.
+    nbytes = 1 << 20
+    cost = price(algorithm, nbytes, size, network, num_segments=num_segments)
+    return cost.latency_s, (cost.transfer_s + cost.reduction_s) / nbytes
+
+
+def _costs_by_formula(algorithm: Algorithm, shape: Shape, num_segments: int) -> tuple[float, float]:
+    """Return the same, or more on several nodes: every round crosses nodes, of all ranks unless of neighbours."""
+    volume = float(algorithm.volume(shape.size, num_segments))
+    byte_s = volume / _BYTES_PER_S + _reduced(algorithm, shape.size, num_segments) / _REDUCED_BYTES_PER_S
+    round_s = _ROUND_S
+    if shape.num_nodes > 1:
+        round_s = _CROSS_ROUND_S
+        sharing = 1 if algorithm.name in _NEIGHBOURS_ONLY else shape.largest
+        byte_s = max(byte_s, volume * sharing / _CROSS_BYTES_PER_S)
+    return algorithm.rounds(shape.size, num_segments) * round_s, byte_s
+
+
+def _reduced(algorithm: Algorithm, size: int, num_segments: int) -> float:
+    """Return how much of the buffer a rank reduces: what it receives until it holds results."""
+    share: dict[str, Fraction] = {"reduce": Fraction(1), "reduce_scatter": Fraction(1), "allreduce": Fraction(1, 2)}
+    if algorithm.collective == "allreduce" and algorithm.num_chunks(size, num_segments) == 1:
+        # Whole buffers are exchanged, and all of them reduced.
+        share["allreduce"] = Fraction(1)
+    return float(algorithm.volume(size, num_segments) * share.get(algorithm.collective, 0))
+
+
+def _levels(count: int) -> int:
+    """Return the depth of a binary tree over `count` places."""
+    return (count - 1).bit_length()
