@@ -10,7 +10,7 @@ operation that was called correctly derives from `MpitrainError`:
     |       |-- CommTimeoutError    a peer did not answer in time
     |       |-- RankFailedError     a rank left the job or died
     |       `-- CommRevokedError    another rank gave this communicator up
-    |-- CheckpointError             a checkpoint cannot be read or does not fit
+    |-- CheckpointError             a checkpoint cannot be written or read, or does not fit
     |-- NotInitializedError         a call before init() (also a ValueError)
     `-- UnavailableError            something this machine or installation lacks
 
@@ -62,7 +62,7 @@ class CommRevokedError(CommError):
 
 
 class CheckpointError(MpitrainError):
-    """A checkpoint cannot be read, or does not fit the model that asks for it."""
+    """A checkpoint cannot be written or read, or does not fit the model that asks for it."""
 
 
 class NotInitializedError(MpitrainError, ValueError):

@@ -63,8 +63,6 @@ class AcrossNodes:
             self._algorithm,
             transport.rank,
             transport.size,
-            0,
-            1,
             Layout.packed(even_counts(data.size, num_chunks)),
             max(1, self._settings.segment_nbytes // data.itemsize),
         )

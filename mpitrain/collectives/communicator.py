@@ -80,7 +80,9 @@ class Communicator(Collectives):
         self._leave_functions: list[weakref.WeakMethod[Callable[[str], None]]] = []
 
     @classmethod
-    def from_mpi(cls, comm: MPI.Comm | Sequence[int] | None = None, *, settings: Settings | None = None) -> Communicator:
+    def from_mpi(
+        cls, comm: MPI.Comm | Sequence[int] | None = None, *, settings: Settings | None = None
+    ) -> Communicator:
         """Make a communicator of the ranks of an MPI communicator.
 
         Args:
@@ -88,7 +90,7 @@ class Communicator(Collectives):
                 It is duplicated, not used.
             settings: Same on every rank; read from the environment if not given.
 
-        From now on, when this process ends, by an exception or not, the other ranks get an error where they wait for it.
+        From now on, when this process ends, by an exception or not, the others get an error where they wait for it.
 
         Raises:
             UnavailableError: MPI lacks a thread level that the progress thread needs.
@@ -150,7 +152,7 @@ class Communicator(Collectives):
     def _exchange_pickled(self, value: Any) -> list[bytes]:
         try:
             data, error = pickle.dumps(value), ""
-        except Exception as problem:  # whatever a class's own pickling raises
+        except Exception as problem:  # noqa: BLE001  (whatever a class's own pickling raises)
             data, error = b"", f"rank {self.rank}: {type(value).__qualname__} cannot be pickled ({problem})"
         header = np.array([len(data), len(error.encode())], np.int64)
         lengths = self.allgather(header).reshape(self.size, 2)
@@ -175,7 +177,8 @@ class Communicator(Collectives):
             comm.allreduce_(buffer)                  # no message is sent within a node
 
         The memory is given back some time after the array, and all that was made from it, is gone on all ranks.
-        Where a node has no shared memory left the array is private on all ranks, with a warning; everything works, more slowly.
+        Where a node has no shared memory left, a warning says so and the array is private on all ranks: everything
+        works, more slowly.
 
         Args:
             shape: Same on every rank.

@@ -102,10 +102,10 @@ class Context:
             find_algorithm(collective, algorithm),
             self.rank,
             self.size,
-            root,
-            choose_num_segments(nbytes, self.settings.segment_nbytes),
             layout,
             max(1, self.settings.segment_nbytes // dtype.itemsize),
+            root=root,
+            num_segments=choose_num_segments(nbytes, self.settings.segment_nbytes),
         )
 
     def execute(

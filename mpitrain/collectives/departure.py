@@ -1,8 +1,8 @@
 """What happens when a process ends while others still count on it.
 
-MPI's own end is collective: a rank that leaves after an exception waits for the others, who wait for it. So at
-exit every communicator tells its ranks why this one leaves, which ends their waiting with an error, and a rank that failed
-aborts the job if the others cannot be reached that way.
+MPI's own end is collective: a rank that leaves after an exception waits for the others, who wait for it. So at exit
+every communicator tells its ranks why this one leaves, which ends their waiting with an error, and a rank that
+failed aborts the job if the others cannot be reached that way.
 """
 
 from __future__ import annotations

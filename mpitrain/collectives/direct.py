@@ -1,8 +1,8 @@
 """The direct algorithm: ranks of one node reduce by load and store, without messages.
 
-Every rank owns a *slice* of the buffer. It reduces its slice over the buffers of all ranks of the node, in rank order, and
-stores the result into all of them. The slice is worked through in blocks that stay in the cache, so that memory
-is read once per peer and written once per peer: that is the limit of the memory's bandwidth.
+Every rank owns a *slice* of the buffer. It reduces its slice over the buffers of all ranks of the node, in rank order,
+and stores the result into all of them. The slice is worked through in blocks that stay in the cache, so that memory is
+read once per peer and written once per peer: that is the limit of the memory's bandwidth.
 
 Arrays that the node does not share pass through *staging* memory that it does, in pieces small enough to stay in
 the cache. On several nodes each rank reduces its slice over the nodes before it stores it (*hierarchical*), so a
@@ -132,7 +132,8 @@ def staged_allreduce(
 
     Arguments as for `shared_allreduce`. No other operation may use the staging memory meanwhile.
 
-    Cost: the array is read once and written once, and what others need of it passes through memory that stays in the cache.
+    Cost: the array is read once and written once, and what others need of it passes through memory that stays in the
+        cache.
     Determinism: reduced in rank order; same bits on all ranks, run after run.
     """
     staging = node.staging(array.dtype)
@@ -219,8 +220,8 @@ def _reduce_blocks(
     block_count = _BLOCK_NBYTES // sources[0].itemsize
     if len(sources) == 1 and sources[0] is targets[0] and not is_final:
         return  # alone on the node
-    # Adding straight into a target saves a pass. With more than two sources only the first of them can take the sum: another
-    # one would be overwritten before it is added.
+    # Adding straight into a target saves a pass. With more than two sources only the first of them can take the sum:
+    # another one would be overwritten before it is added.
     in_place = len(sources) == 2 or targets[0] is sources[0]
     scratch = None if in_place else np.empty(min(block_count, count), sources[0].dtype)
     for first in range(0, count, block_count):

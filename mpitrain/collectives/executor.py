@@ -1,7 +1,8 @@
 """Runs a program: moves real buffers over a transport, as a task that never blocks.
 
-A *task* is a generator. Each `next` moves on whatever can move and yields whether anything did; the return value
-is the result. Whoever drives it (a blocking call, or the progress thread for all operations in flight) decides how to wait.
+A *task* is a generator. Each `next` moves on whatever can move and yields whether anything did; the return value is
+the result. Whoever drives it (a blocking call, or the progress thread for all operations in flight) decides how to
+wait.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def execute(
         receive_window: How many such segments may be in flight; more where the program needs it.
     """
     if program.transfers:
-        run = _Run(transport, program, arrays, dtype, tag, op)
+        run = _Run(transport, program, arrays, dtype, tag=tag, op=op)
         yield from run.task(scratch, receive_window)
 
 
@@ -62,6 +63,7 @@ class _Run:
         program: Program,
         arrays: Sequence[NDArray[Any]],
         dtype: DType,
+        *,
         tag: int,
         op: ReduceOp,
     ) -> None:

@@ -32,8 +32,8 @@ _MIB = 1 << 20
 class Flags:
     """Counters in shared memory: each rank says how far it is, and waits until all are as far.
 
-    An operation has a number and uses the slot of that number modulo the number of slots; what is written to a
-    slot only grows. So a rank that is late sees what it waits for even if another has reached the slot's next operation.
+    An operation has a number and uses the slot of that number modulo the number of slots; what is written to a slot
+    only grows. So a rank that is late sees what it waits for even if another has reached the slot's next operation.
 
     Args:
         block: Its first bytes are the flags, zero at first.

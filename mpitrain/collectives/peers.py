@@ -1,7 +1,7 @@
 """News about the other ranks of a communicator: who gave it up, who left, and who is waited for.
 
-A rank that meets an error tells all others at once, so that they raise instead of waiting for it; so does a
-rank that leaves the job. The others look for such news only while they wait and nothing moves, so it costs nothing otherwise.
+A rank that meets an error tells all others at once, so that they raise instead of waiting for it; so does a rank that
+leaves the job. The others look for such news only while they wait and nothing moves, so it costs nothing otherwise.
 """
 
 from __future__ import annotations

@@ -90,10 +90,11 @@ def compile_program(
     algorithm: Algorithm,
     rank: int,
     size: int,
-    root: int,
-    num_segments: int,
     layout: Layout,
     segment_count: int,
+    *,
+    root: int = 0,
+    num_segments: int = 1,
 ) -> Program:
     """Compile the schedule of one rank.
 
@@ -101,10 +102,10 @@ def compile_program(
         algorithm: From the registry of schedules.
         rank: The rank to compile for.
         size: Number of ranks.
-        root: Same on every rank; ignored by algorithms without one.
-        num_segments: For algorithms that pipeline by themselves; same on every rank.
         layout: Where the chunks are; counts are the same on every rank that touches them.
         segment_count: Longest message in elements; same on every rank.
+        root: Same on every rank; ignored by algorithms without one.
+        num_segments: For algorithms that pipeline by themselves; same on every rank.
     """
     rounds = list(algorithm.rounds_of(rank, size, root=root, num_segments=num_segments))
     pieces = [piece for a_round in rounds for piece in _pieces(a_round, layout, segment_count)]

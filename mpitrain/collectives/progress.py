@@ -116,7 +116,7 @@ class ProgressEngine:
         self._driving = threading.Lock()
         self._changed = threading.Condition()
         self._waiters = 0
-        self._closed = False
+        self.is_closed = False
         self._thread: threading.Thread | None = None
 
     def start(self, task: Task[Result], description: str = "") -> Handle[Result]:
@@ -135,7 +135,7 @@ class ProgressEngine:
 
     def _add(self, running: _Running) -> None:
         with self._changed:
-            if self._closed:
+            if self.is_closed:
                 raise RuntimeError("progress engine: cannot start an operation, it is closed")
             self._active.append(running)
             if self._thread is None:
@@ -154,7 +154,7 @@ class ProgressEngine:
             self._waiters += 1
         try:
             while not handle.done:
-                if self._advance_all():
+                if self.advance_all():
                     backoff.reset()
                     continue
                 if deadline_s is not None and time.monotonic() > deadline_s:
@@ -166,7 +166,8 @@ class ProgressEngine:
                 self._waiters -= 1
                 self._changed.notify_all()
 
-    def _advance_all(self) -> bool:
+    def advance_all(self) -> bool:
+        """Move on all operations in flight, in turn; whether any of them moved."""
         with self._driving:
             moved = False
             finished = False
@@ -182,30 +183,31 @@ class ProgressEngine:
     def close(self) -> None:
         """Stop the thread; operations still in flight stay unfinished."""
         with self._changed:
-            self._closed = True
+            self.is_closed = True
             self._changed.notify_all()
             thread, self._thread = self._thread, None
         if thread is not None and thread is not threading.current_thread():
             thread.join()
 
-    def _has_background_work(self) -> bool:
+    def has_background_work(self) -> bool:
+        """Whether operations are in flight that no waiting thread advances."""
         return bool(self._active) and not self._waiters
 
 
 def _serve(engine_ref: Callable[[], ProgressEngine | None], changed: threading.Condition) -> None:
     """Body of the progress thread; holds the engine only while it works, so that it can be collected."""
     backoff: Backoff | None = None
-    while (engine := engine_ref()) is not None and not engine._closed:
-        if engine._has_background_work():
+    while (engine := engine_ref()) is not None and not engine.is_closed:
+        if engine.has_background_work():
             backoff = backoff or Backoff(spin=engine.spin_background)
-            if engine._advance_all():
+            if engine.advance_all():
                 backoff.reset()
             else:
                 backoff.pause()
         else:
             backoff = None
             with changed:
-                if engine._has_background_work() or engine._closed:
+                if engine.has_background_work() or engine.is_closed:
                     continue
                 del engine
                 # Woken by new work; the time limit is for engines that nobody refers to any more.

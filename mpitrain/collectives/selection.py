@@ -9,7 +9,16 @@ import dataclasses
 
 from mpitrain.schedules import ALGORITHMS, find_algorithm
 
-__all__ = ["DIRECT", "HIERARCHICAL", "NATIVE", "Available", "check_algorithm", "choose_algorithm", "choose_num_segments", "known_algorithms"]
+__all__ = [
+    "DIRECT",
+    "HIERARCHICAL",
+    "NATIVE",
+    "Available",
+    "check_algorithm",
+    "choose_algorithm",
+    "choose_num_segments",
+    "known_algorithms",
+]
 
 NATIVE = "native"
 # In memory that the ranks of a node share: on one node, and on several.

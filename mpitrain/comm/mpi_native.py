@@ -40,7 +40,8 @@ _LOGICAL_OPS = {
 }
 _DATATYPES = {
     "bool": MPI.C_BOOL,
-    **{f"{sign}int{bits}": getattr(MPI, f"{sign.upper()}INT{bits}_T") for sign in ("", "u") for bits in (8, 16, 32, 64)},
+    **{f"int{bits}": getattr(MPI, f"INT{bits}_T") for bits in (8, 16, 32, 64)},
+    **{f"uint{bits}": getattr(MPI, f"UINT{bits}_T") for bits in (8, 16, 32, 64)},
     "float16": MPI.FLOAT16_T,
     "bfloat16": MPI.BFLOAT16_T,
     "float32": MPI.FLOAT,

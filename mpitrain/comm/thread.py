@@ -1,6 +1,6 @@
 """Ranks that are threads of one process: the whole toolkit without an MPI launcher, for tests.
 
-    results = run_ranks(4, lambda transport: transport.rank ** 2)
+results = run_ranks(4, lambda transport: transport.rank ** 2)
 """
 
 from __future__ import annotations
@@ -226,7 +226,7 @@ def run_ranks(
     def run(rank: int) -> None:
         try:
             results[rank] = function(ThreadTransport(world, tuple(range(size)), rank))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  (raised again by the caller)
             failures.append((rank, error))
         finally:
             unfinished.discard(rank)

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from mpitrain.memory import device as device_arrays
 from mpitrain.memory.dtypes import DType, dtype_of_numpy, dtype_of_torch
-from mpitrain.memory.shared import SharedArray
 from mpitrain.memory.loaded import TorchModule, loaded_torch
+from mpitrain.memory.shared import SharedArray
 
 __all__ = ["FlatArray", "allocate_like", "copy_of", "flat_view"]
 
@@ -67,9 +67,10 @@ def flat_view(array: object, *, name: str = "array", writable: bool = False) -> 
     """Return a view of a caller's array, without a copy.
 
     Args:
-        array: `numpy.ndarray`, NumPy scalar (read only), torch tensor (also one that requires grad: the
-            view is outside autograd), CuPy array, `FlatArray` (returned as it is), `SharedArray`, or an object with `__array_interface__` or
-            `__cuda_array_interface__`. Row-major contiguous; any shape, including `()` and empty.
+        array: `numpy.ndarray`, NumPy scalar (read only), torch tensor (also one that requires grad: the view is
+            outside autograd), CuPy array, `FlatArray` (returned as it is), `SharedArray`, or an object with
+            `__array_interface__` or `__cuda_array_interface__`. Row-major contiguous; any shape, including `()`
+            and empty.
         name: What messages call it.
         writable: Whether the view will be written to.
 

@@ -53,6 +53,7 @@ from mpitrain.torch.optimizer import DistributedOptimizer
 from mpitrain.torch.world import (
     ProcessSet,
     add_process_set,
+    communicator,
     cross_rank,
     cross_size,
     global_process_set,
@@ -96,6 +97,7 @@ __all__ = [
     "broadcast_object",
     "broadcast_optimizer_state",
     "broadcast_parameters",
+    "communicator",
     "cross_rank",
     "cross_size",
     "global_process_set",

@@ -14,7 +14,7 @@ from mpitrain.memory import ReduceOp, parse_op
 from mpitrain.torch.compression import Compression, Compressor
 from mpitrain.torch.operations import Average
 from mpitrain.torch.reducer import GradientReducer, Scaling
-from mpitrain.torch.world import ProcessSet, global_process_set, negotiator_of, world
+from mpitrain.torch.world import ProcessSet, communicator, global_process_set, negotiator_of
 
 __all__ = ["DistributedOptimizer"]
 
@@ -149,7 +149,7 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
         ValueError: Names that are missing, repeated or no pairs, or an argument out of range.
         CollectiveMismatchError: Ranks have different parameters; on every rank.
     """
-    world()
+    communicator()
     _check_passes(backward_passes_per_step)
     _check_compression(compression)
     op = parse_op(op)

@@ -2,7 +2,8 @@
 
 A hook on each parameter gets its fresh gradient while that is still in the cache, and copies it into its place in a
 bucket, scaled and cast in the same pass. A bucket that is full is all-reduced at once, in the background, in memory
-that the ranks of a node share. Buckets start in one order on all ranks, whatever the order in which they fill, so nothing needs to be negotiated.
+that the ranks of a node share. Buckets start in one order on all ranks, whatever the order in which they fill, so
+nothing needs to be negotiated.
 
 Until a step's buckets are synchronized, `param.grad` of a gradient in flight is None: nobody can read or change half
 a sum. Then it is a view of the bucket; no copy is made.
@@ -22,7 +23,6 @@ from mpitrain.collectives import Communicator, Handle, PersistentPlan
 from mpitrain.errors import CollectiveMismatchError, NotInitializedError
 from mpitrain.memory import SharedArray, as_dtype
 from mpitrain.torch.buckets import bucket_layout
-from mpitrain.torch.leases import lender_of
 
 __all__ = ["GradientReducer", "Scaling"]
 
@@ -60,7 +60,8 @@ class _Slot:
         self.param = param
         self.passes_left = 0
         self.has_arrived = False
-        self.bucket: _Bucket
+        # Position among the buckets; the bucket itself would make a cycle, which dies late.
+        self.bucket = -1
         self.view: Tensor
 
 
@@ -69,7 +70,7 @@ class _Bucket:
 
     __slots__ = ("buffer", "handle", "missing", "plan", "slots")
 
-    def __init__(self, slots: list[_Slot], buffer: Tensor, plan: PersistentPlan) -> None:
+    def __init__(self, position: int, slots: list[_Slot], buffer: Tensor, plan: PersistentPlan) -> None:
         self.slots = slots
         self.buffer = buffer
         self.plan = plan
@@ -78,7 +79,7 @@ class _Bucket:
         offset = 0
         for slot in slots:
             count = slot.param.numel()
-            slot.bucket = self
+            slot.bucket = position
             slot.view = buffer[offset : offset + count].view(slot.param.shape)
             offset += count
 
@@ -105,10 +106,8 @@ class GradientReducer:
         self._scaling = scaling
         self.passes = passes
         # All ranks agree once, here, so that no operation needs a check of its own.
-        self._lender = lender_of(group)
         self._check_same(parameters)
-        self._lease = self._lender.lend(group, self)
-        self._comm = self._lease.comm
+        self._comm = group.duplicate(group.settings.replace(check=False))
         self._ended = ""
         self._slots: list[_Slot] = []
         self._slot_of: dict[Tensor, _Slot] = {}
@@ -152,7 +151,6 @@ class GradientReducer:
             assert bucket.handle is not None
             bucket.handle.wait()
             self._hand_out(bucket)
-        self._lease.started.clear()
         self._next = 0
         self.reset()
         if self._arrivals is not None:
@@ -189,7 +187,6 @@ class GradientReducer:
             self._ended = "its parameters were given to another one"
             for hook in self._hooks:
                 hook.remove()
-            self._lease.end()
             _alive.discard(self)
 
     def _check_alive(self) -> None:
@@ -217,9 +214,7 @@ class GradientReducer:
     def _check_same(self, parameters: Sequence[tuple[str, Tensor]]) -> None:
         mine = [f"{self._scaling}, {self.passes} backward passes per step"]
         mine += [f"{name}: {param.dtype} {list(param.shape)}" for name, param in parameters]
-        said = self._group.allgather_obj((self._lender.returned(), mine))
-        self._lender.free([returned for returned, _ in said])
-        everybodys = [others for _, others in said]
+        everybodys = self._group.allgather_obj(mine)
         for rank, others in enumerate(everybodys):
             if others != everybodys[0]:
                 pairs = zip_longest(everybodys[0], others, fillvalue="nothing")
@@ -252,7 +247,8 @@ class GradientReducer:
             array = memory.part(as_dtype(dtypes[members[0]]), offset, count)
             offset += nbytes
             plan = self._comm.plan_allreduce_(array, op=self._scaling.op)
-            self._buckets.append(_Bucket([self._slots[position] for position in members], array.tensor(), plan))
+            slots = [self._slots[position] for position in members]
+            self._buckets.append(_Bucket(len(self._buckets), slots, array.tensor(), plan))
         self._next = 0
         self.reset()
 
@@ -304,7 +300,7 @@ class GradientReducer:
             torch.mul(grad, self._scaling.before, out=slot.view)
         slot.param.grad = None
         slot.has_arrived = True
-        slot.bucket.missing -= 1
+        self._buckets[slot.bucket].missing -= 1
 
     def _launch(self) -> None:
         """Start the buckets that are full and whose turn it is."""
@@ -312,7 +308,6 @@ class GradientReducer:
         while self._next < len(self._buckets) and not self._buckets[self._next].missing:
             bucket = self._buckets[self._next]
             bucket.handle = bucket.plan.start()
-            self._lease.started.append(bucket.handle)
             self._next += 1
 
     def _hand_out(self, bucket: _Bucket) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ProcessSet",
     "add_process_set",
+    "communicator",
     "cross_rank",
     "cross_size",
     "global_process_set",
@@ -31,7 +32,6 @@ __all__ = [
     "shutdown",
     "size",
     "waiting_seconds",
-    "world",
 ]
 
 
@@ -96,13 +96,14 @@ class _World:
 _world: _World | None = None
 
 
-def init(comm: MPI.Comm | Sequence[int] | None = None) -> None:
+def init(comm: MPI.Comm | Sequence[int] | None = None, *, settings: Settings | None = None) -> None:
     """Start: make the communicator that all functions of this module use. A second call does nothing.
 
     Every rank must call. Initialises MPI if nobody has, and starts no thread.
 
     Args:
         comm: mpi4py communicator, or global ranks of which each must call; all ranks if not given.
+        settings: Same on every rank; read from the environment if not given.
 
     Raises:
         ValueError: Unusable ranks, or an environment variable of the settings with an unusable value.
@@ -110,7 +111,7 @@ def init(comm: MPI.Comm | Sequence[int] | None = None) -> None:
     """
     global _world  # noqa: PLW0603  (the one default communicator of the process)
     if _world is None:
-        _world = _World(Communicator.from_mpi(comm, settings=Settings.from_environ()))
+        _world = _World(Communicator.from_mpi(comm, settings=settings))
 
 
 def shutdown() -> None:
@@ -136,8 +137,8 @@ def is_initialized() -> bool:
     return _world is not None
 
 
-def world() -> Communicator:
-    """Return the default communicator.
+def communicator() -> Communicator:
+    """Return the communicator that all functions of the face use, for what only it can do.
 
     Raises:
         NotInitializedError: Before `init`.
@@ -209,42 +210,42 @@ def remove_process_set(process_set: ProcessSet) -> bool:
 
 def size() -> int:
     """Number of ranks."""
-    return world().size
+    return communicator().size
 
 
 def rank() -> int:
     """This rank, from 0 to `size() - 1`."""
-    return world().rank
+    return communicator().rank
 
 
 def local_size() -> int:
     """Number of ranks on this node."""
-    return world().topology.local_size
+    return communicator().topology.local_size
 
 
 def local_rank() -> int:
     """Position of this rank among those of its node."""
-    return world().topology.local_rank
+    return communicator().topology.local_rank
 
 
 def cross_size() -> int:
     """Number of nodes that have a rank with this local rank."""
-    return world().topology.cross_size
+    return communicator().topology.cross_size
 
 
 def cross_rank() -> int:
     """Position of this rank among those with its local rank, one per node."""
-    return world().topology.cross_rank
+    return communicator().topology.cross_rank
 
 
 def is_homogeneous() -> bool:
     """Whether all nodes have the same number of ranks."""
-    return world().topology.is_homogeneous
+    return communicator().topology.is_homogeneous
 
 
 def waiting_seconds() -> float:
     """Seconds for which this process has waited for communication since `init`; what overlaps does not count."""
-    return world().engine.waiting_s
+    return communicator().engine.waiting_s
 
 
 def _initialized() -> _World:

@@ -10,15 +10,13 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 import mpitrain.torch as hvd
 from job.options import Parser, UsageError
 from job.progress import Progress, speed
-from mpitrain import Communicator
+from mpitrain import Communicator, Settings
 from mpitrain.errors import CheckpointError
-from mpitrain.torch.world import world
 from mpitrain.training import (
     Meter,
     ShardedSampler,
@@ -77,10 +75,8 @@ def run_job(
     """Train as the command line says; every rank returns the exit status."""
     try:
         options = parser.parse_args(arguments)
-        if options.algorithm is not None:
-            # Before init, which reads the settings.
-            os.environ["MPITRAIN_ALGORITHM"] = options.algorithm
-        hvd.init()
+        settings = Settings.from_environ()
+        hvd.init(settings=settings.replace(algorithm=options.algorithm or settings.algorithm))
         return _Job(options, make_workload).run()
     except (UsageError, CheckpointError) as error:
         # All ranks have the same one, so one of them tells it; MPI lets no rank leave before that one.
@@ -97,7 +93,7 @@ class _Job:
 
     def __init__(self, options: Namespace, make_workload: Callable[[Namespace], Workload]) -> None:
         self.options = options
-        self.comm = world()
+        self.comm = hvd.communicator()
         _check_options(options, self.comm)
         if "OMP_NUM_THREADS" not in os.environ:
             # Ranks that each use all cores of the node only wait for one another.
@@ -211,11 +207,12 @@ class _Job:
 
 
 def _check_options(options: Namespace, comm: Communicator) -> None:
-    try:
-        # The first all-reduce finds out whether there is such an algorithm, wherever its name came from.
-        comm.allreduce(np.zeros(1))
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+    known = comm.known_algorithms("allreduce")
+    if comm.settings.algorithm not in known:
+        raise UsageError(
+            f"--algorithm: unknown algorithm of allreduce, got {comm.settings.algorithm!r}; "
+            f"use one of {', '.join(known)}"
+        )
     if options.resume and options.checkpoint is None:
         raise UsageError("--resume: needs a file to go on from; add --checkpoint PATH")
 

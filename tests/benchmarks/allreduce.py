@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import pathlib
 import tempfile
 
 import numpy as np
@@ -63,7 +64,7 @@ def main() -> None:
     """Measure all sizes and print a table on rank 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=4.0, help="time for each size")
-    parser.add_argument("--json", help="write the medians, in seconds, to this file")
+    parser.add_argument("--json", type=pathlib.Path, help="write the medians, in seconds, to this file")
     options = parser.parse_args()
     torch.set_num_threads(1)
     comm = Communicator.from_mpi()
@@ -89,8 +90,7 @@ def main() -> None:
                     )
         dist.destroy_process_group()
     if options.json and comm.rank == 0:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({"ranks": comm.size, "medians_s": results}, file)
+        options.json.write_text(json.dumps({"ranks": comm.size, "medians_s": results}), encoding="utf-8")
 
 
 if __name__ == "__main__":

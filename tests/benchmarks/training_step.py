@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import pathlib
 import tempfile
 from collections.abc import Callable
 
@@ -25,7 +27,7 @@ def mlp() -> torch.nn.Sequential:
     """Return the model: 25.2 million parameters, the same on every rank."""
     torch.manual_seed(0)
     layers: list[torch.nn.Module] = []
-    for width, next_width in zip(WIDTHS, WIDTHS[1:], strict=False):
+    for width, next_width in itertools.pairwise(WIDTHS):
         layers += [torch.nn.Linear(width, next_width), torch.nn.ReLU()]
     return torch.nn.Sequential(*layers[:-1])
 
@@ -54,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=64, help="samples per rank")
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--json", help="write the medians, in seconds, to this file")
+    parser.add_argument("--json", type=pathlib.Path, help="write the medians, in seconds, to this file")
     options = parser.parse_args()
     torch.set_num_threads(1)
     hvd.init()
@@ -72,7 +74,8 @@ def main() -> None:
         medians_s = interleaved_medians_s(sides, options.repeats, warmup=3)
         everybodys = MPI.COMM_WORLD.allgather(digest(ours))
         assert all(sums == everybodys[0] for sums in everybodys), "ranks have different parameters"
-        assert torch.allclose(torch.tensor(digest(ours)), torch.tensor(digest(ddp.module)), atol=1e-3), "differs from DDP"
+        theirs = torch.tensor(digest(ddp.module))
+        assert torch.allclose(torch.tensor(digest(ours)), theirs, atol=1e-3), "differs from DDP"
         dist.destroy_process_group()
     if hvd.rank() == 0:
         alone_s, ddp_s = medians_s["no synchronisation"], medians_s["DDP on Gloo"]
@@ -83,8 +86,8 @@ def main() -> None:
             added_ms = (median_s - alone_s) * 1e3
             print(f"{name:<22} {median_s * 1e3:>8.1f} {added_ms:>9.1f} {ddp_s / median_s:>6.2f}x")
         if options.json:
-            with open(options.json, "w", encoding="utf-8") as file:
-                json.dump({"ranks": hvd.size(), "parameters": count, "medians_s": medians_s}, file)
+            facts = {"ranks": hvd.size(), "parameters": count, "medians_s": medians_s}
+            options.json.write_text(json.dumps(facts), encoding="utf-8")
 
 
 if __name__ == "__main__":

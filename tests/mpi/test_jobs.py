@@ -18,7 +18,6 @@ import torch
 import mpitrain.torch as hvd
 from mpitrain.collectives import Communicator
 from mpitrain.errors import CheckpointError
-from mpitrain.torch.world import world
 from mpitrain.training import (
     ShardedSampler,
     StopRequest,
@@ -39,7 +38,7 @@ BATCH_SIZE = 24
 def comm() -> Iterator[Communicator]:
     hvd.shutdown()
     hvd.init()
-    yield world()
+    yield hvd.communicator()
     hvd.shutdown()
 
 
@@ -205,7 +204,7 @@ def test_the_script_trains_with_every_algorithm(comm, digits, folder, monkeypatc
     monkeypatch.setattr(Communicator, "plan_allreduce_", lambda *a, **k: plans.append(made := plan(*a, **k)) or made)
     assert digits.main(["--epochs", "1", "--batch-size", "120", "--algorithm", algorithm, "--json", str(path)]) == 0
     hvd.init()
-    results = world().broadcast_obj(json.loads(path.read_text()) if hvd.rank() == 0 else None)
+    results = hvd.communicator().broadcast_obj(json.loads(path.read_text()) if hvd.rank() == 0 else None)
     assert results["ranks"] == hvd.size()
     assert results["last_step"] == len(results["losses"]) == 11
     assert results["losses"][-1] < results["losses"][0]

@@ -53,7 +53,7 @@ def plan_alltoall(
             known_splits = list(received_splits)
         else:
             known_splits = yield from _ask_splits(context, sent_splits, call)
-        result = yield from _exchange(context, view, sent_splits, known_splits, name, call)
+        result = yield from _exchange(context, view, (sent_splits, known_splits), name, call)
         return result, known_splits
 
     cut = f"{list(view.shape)} evenly" if splits is None else f"rows of {list(view.shape[1:])}"
@@ -86,8 +86,9 @@ def _ask_splits(context: Context, splits: list[int], call: Call) -> Task[list[in
 
 
 def _exchange(
-    context: Context, view: FlatArray, sent_splits: list[int], received_splits: list[int], name: str, call: Call
+    context: Context, view: FlatArray, splits: tuple[list[int], list[int]], name: str, call: Call
 ) -> Task[Any]:
+    sent_splits, received_splits = splits
     rank, dtype = context.rank, view.dtype
     rest = view.shape[1:]
     row_count = math.prod(rest)

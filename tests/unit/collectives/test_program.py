@@ -83,7 +83,9 @@ def run_collective(collective, name, size, root, num_segments, draw_count, segme
             start, expected = prepare(collective, rank, size, root, counts)
             arrays = [concatenated(start)]
             layout = Layout.packed(counts)
-        program = compile_program(algorithm, rank, size, root, num_segments, layout, segment_count)
+        program = compile_program(
+            algorithm, rank, size, layout, segment_count, root=root, num_segments=num_segments
+        )
         ends.append((rank, arrays, layout, expected))
         tasks.append(
             execute(
@@ -170,7 +172,7 @@ def test_reductions_exchanged_with_several_peers_in_one_round_do_not_deadlock(se
     network = RandomNetwork(seed)
     arrays = [np.full(5, 10**rank) for rank in range(size)]
     layout = Layout.packed((3, 2))
-    programs = [compile_program(algorithm, rank, size, 0, 1, layout, segment_count) for rank in range(size)]
+    programs = [compile_program(algorithm, rank, size, layout, segment_count) for rank in range(size)]
     run_at_random(
         network,
         [
@@ -194,12 +196,12 @@ def test_algorithms_of_the_registry_need_one_slot_only(collective, name):
     algorithm = find_algorithm(collective, name)
     for size in (2, 5, 8):
         layout = Layout.packed((2,) * algorithm.num_chunks(size, 2))
-        programs = [compile_program(algorithm, rank, size, 0, 2, layout, 1) for rank in range(size)]
+        programs = [compile_program(algorithm, rank, size, layout, 1, num_segments=2) for rank in range(size)]
         assert {program.least_slots for program in programs} == {0}
 
 
 def compiled(rounds, *, counts=(4, 4), segment_count=100, layout=None):
-    return compile_program(made_of(rounds), 0, 3, 0, 1, layout or Layout.packed(counts), segment_count)
+    return compile_program(made_of(rounds), 0, 3, layout or Layout.packed(counts), segment_count)
 
 
 def waits_of(program):
@@ -280,7 +282,7 @@ def test_program_is_made_once():
 
 
 def compiled_ring():
-    return compile_program(find_algorithm("allreduce", "ring"), 1, 3, 0, 1, Layout.packed((2, 2, 1)), 8)
+    return compile_program(find_algorithm("allreduce", "ring"), 1, 3, Layout.packed((2, 2, 1)), 8)
 
 
 def test_properties_of_a_program():
@@ -288,7 +290,7 @@ def test_properties_of_a_program():
     assert program.writes
     assert program.num_rounds == 4
     assert program.largest_reduce_count == 2
-    alone = compile_program(find_algorithm("allreduce", "ring"), 0, 1, 0, 1, Layout.packed((5,)), 8)
+    alone = compile_program(find_algorithm("allreduce", "ring"), 0, 1, Layout.packed((5,)), 8)
     assert not alone.writes
     assert alone.largest_reduce_count == 0
 

@@ -120,7 +120,7 @@ def test_an_unknown_algorithm_is_one_message_that_lists_the_known_ones(size) -> 
     done = run("train_digits.py", size, "--algorithm", "bogus")
     assert done.returncode != 0
     said = done.stdout + done.stderr
-    assert said.count("algorithm of allreduce: unknown, got 'bogus'") == 1
+    assert said.count("unknown algorithm of allreduce, got 'bogus'") == 1
     for name in ("ring", "double_tree", "native"):
         assert name in said
     assert "Traceback" not in said
