@@ -23,7 +23,7 @@ _UNBOUNDED_NBYTES = 16 << 20
 _HOPELESS = 3.0
 # A lead by less is none.
 _LEAST_LEAD = 0.05
-# What an algorithm must gain, over all sizes at which it is taken, to be worth a step of its own; or the noise, if larger.
+# What an algorithm must gain, over all sizes at which it is taken, to be worth a step; or the noise, if that is more.
 _STEP_GAIN = 0.1
 # What a size costs beside its bytes, as a number of bytes.
 _SIZE_COST_NBYTES = 2 << 20
@@ -110,6 +110,8 @@ def measure(
             on_item(key, nbytes)
             share_s = left_s * costs[nbytes] / left_cost
             left_cost -= costs[nbytes]
+            # Both at once would need more memory than either.
+            run = None
             run = operation(comm, key, nbytes)
             if run is None:
                 continue

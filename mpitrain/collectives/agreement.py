@@ -39,9 +39,7 @@ def agree(context: Context, description: str, call: Call) -> Task[str]:
         # Not a blocking call: only who looks up now and then learns that a rank will not come. Once all agree all
         # are there, and the collective itself, which keeps this one's turn, may block.
         native = context.transport.native.allreduce
-        yield from context.run_native(
-            call._replace(blocking=False), native, ends, _INT64, ReduceOp.MIN, keep_turn=True
-        )
+        yield from context.run_native(call._replace(blocking=False), native, ends, _INT64, ReduceOp.MIN, keep_turn=True)
     else:
         program = context.program("allreduce", "recursive_doubling", Layout.packed((2,)), _INT64, nbytes=16)
         yield from context.execute(program, [ends], _INT64, call, ReduceOp.MIN)

@@ -23,6 +23,8 @@ from mpitrain.collectives.plan import Call, Plan
 from mpitrain.collectives.progress import Handle, ProgressEngine, drive
 from mpitrain.collectives.reclaim import Reclaimer
 from mpitrain.collectives.selection import known_algorithms
+from mpitrain.collectives.table import Table
+from mpitrain.collectives.table_file import load_table
 from mpitrain.collectives.verbs import Collectives
 from mpitrain.comm import Topology, Transport
 from mpitrain.config import Settings
@@ -60,16 +62,22 @@ class Communicator(Collectives):
         transport: Carries the messages; the communicator owns it from now on.
         settings: Same on every rank; read from the environment if not given.
         engine: Advances asynchronous operations; shared among communicators of one process.
+        table: What was measured about algorithms, same on every rank.
     """
 
     def __init__(
-        self, transport: Transport, *, settings: Settings | None = None, engine: ProgressEngine | None = None
+        self,
+        transport: Transport,
+        *,
+        settings: Settings | None = None,
+        engine: ProgressEngine | None = None,
+        table: Table | None = None,
     ) -> None:
         self.settings = settings or Settings.from_environ()
         check_same_settings(transport, self.settings)
         self.topology = Topology.discover(transport)
         self.engine = engine or _make_engine(self.settings, self.topology)
-        self._context = Context(transport, self.topology, self.settings)
+        self._context = Context(transport, self.topology, self.settings, table)
         self._watch = PeerWatch(transport, self.settings)
         self._reclaimer = Reclaimer(transport)
         # Calls are counted by who makes them, and down again by who ends them, mostly the progress thread.
@@ -97,7 +105,9 @@ class Communicator(Collectives):
         """
         from mpitrain.comm.mpi import MPITransport
 
-        made = cls(MPITransport(comm), settings=settings)
+        transport = MPITransport(comm)
+        settings = settings or Settings.from_environ()
+        made = cls(transport, settings=settings, table=load_table(transport, settings))
         watch_exit(made)
         return made
 
@@ -192,15 +202,15 @@ class Communicator(Collectives):
 
     # Plans
 
-    def plan_allreduce_(
-        self, array: Any, *, op: str | ReduceOp = "sum", algorithm: str = "auto"
-    ) -> PersistentPlan:
+    def plan_allreduce_(self, array: Any, *, op: str | ReduceOp = "sum", algorithm: str = "auto") -> PersistentPlan:
         """Prepare an `allreduce_` of `array` that is run many times, as MPI-4's `Allreduce_init`.
 
         That all ranks mean the same is checked once, here. Every rank must call.
         """
-        plan = self._checked(operations.plan_allreduce, array, op=op, algorithm=algorithm, in_place=True)
-        return PersistentPlan(self, plan)
+        options = {"op": op, "algorithm": algorithm, "in_place": True}
+        waited_for = self._checked(operations.plan_allreduce, array, **options)
+        in_background = self._checked(operations.plan_allreduce, array, **options, blocking=False)
+        return PersistentPlan(self, waited_for, in_background)
 
     # How plans are run
 
@@ -209,7 +219,7 @@ class Communicator(Collectives):
         return self._drive(self._call(plan, blocking=True, check=self.settings.check))
 
     def _start(self, make_plan: Callable[..., Plan[Result]], *arguments: Any, **options: Any) -> Handle[Result]:
-        plan = self._try(make_plan, arguments, options, blocking=False)
+        plan = self._try(make_plan, arguments, {"blocking": False, **options}, blocking=False)
         return self.start(plan, check=self.settings.check)
 
     def start(self, plan: Plan[Result], *, check: bool = False) -> Handle[Result]:
@@ -303,7 +313,8 @@ class Communicator(Collectives):
         return self._related(self.transport.duplicate(), settings or self.settings)
 
     def _related(self, transport: Transport, settings: Settings) -> Communicator:
-        made = Communicator(transport, settings=settings, engine=self.engine)
+        table = self._context.choice.table
+        made = Communicator(transport, settings=settings, engine=self.engine, table=table)
         self._reclaimer.register(made, made._context.free)
         if transport.native is not None:
             watch_exit(made)
@@ -345,18 +356,18 @@ class Communicator(Collectives):
 class PersistentPlan:
     """A collective on one array, prepared for many runs; every rank runs it in its turn among all calls."""
 
-    def __init__(self, comm: Communicator, plan: Plan[Any]) -> None:
+    def __init__(self, comm: Communicator, waited_for: Plan[Any], in_background: Plan[Any]) -> None:
         self._comm = comm
-        self._plan = plan
-        self.description = plan.description
+        self._waited_for = waited_for
+        self._in_background = in_background
 
     def run(self) -> Any:
         """Run it to its end."""
-        return self._comm.run(self._plan)
+        return self._comm.run(self._waited_for)
 
     def start(self) -> Handle[Any]:
         """Start it; the array must be left alone until the handle is done."""
-        return self._comm.start(self._plan)
+        return self._comm.start(self._in_background)
 
 
 def _plan_root(context: Context, subject: str, root: int) -> Plan[None]:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpitrain.collectives.across import AcrossNodes
+from mpitrain.collectives.choice import AlgorithmChoice
 from mpitrain.collectives.direct import Reduction, shared_allreduce, staged_allreduce
 from mpitrain.collectives.executor import Task, execute
 from mpitrain.collectives.layout import Layout
@@ -19,6 +20,7 @@ from mpitrain.collectives.node import make_node
 from mpitrain.collectives.plan import Call
 from mpitrain.collectives.program import Program, compile_program
 from mpitrain.collectives.selection import DIRECT, HIERARCHICAL, Available, choose_num_segments
+from mpitrain.collectives.table import Shape, Table
 from mpitrain.comm import Request, Topology, Transport
 from mpitrain.config import Settings
 from mpitrain.errors import UnavailableError
@@ -66,7 +68,9 @@ class CallOrder:
 class Context:
     """Transport, settings and scratch memory of one communicator, and how its operations run."""
 
-    def __init__(self, transport: Transport, topology: Topology, settings: Settings) -> None:
+    def __init__(
+        self, transport: Transport, topology: Topology, settings: Settings, table: Table | None = None
+    ) -> None:
         self.transport = transport
         self.settings = settings
         self.rank = transport.rank
@@ -83,6 +87,8 @@ class Context:
             self.across = AcrossNodes.make(transport, topology, settings, self.scratch)
         shared = None if self.node is None else DIRECT if self.across is None else HIERARCHICAL
         self.available = Available(self.has_native, shared)
+        self.choice = AlgorithmChoice(self.available, Shape.of(topology), table, settings.segment_nbytes)
+        self.choose = self.choice.choose
 
     @property
     def has_native(self) -> bool:

@@ -39,9 +39,7 @@ class _ExitWatch:
         self._is_installed = True
         previous = sys.excepthook
 
-        def note_failure(
-            kind: type[BaseException], error: BaseException, traceback: TracebackType | None
-        ) -> None:
+        def note_failure(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
             self.failure = error
             previous(kind, error, traceback)
 

@@ -24,8 +24,8 @@ from mpitrain.memory import DType, ReduceOp, divide_by, reduce_into
 
 __all__ = ["Across", "Reduction", "shared_allreduce", "staged_allreduce"]
 
-# With one block of a peer beside it, a block stays in a core's own cache.
-_BLOCK_NBYTES = 128 << 10
+# With one block of a peer beside it, a block stays in a core's own cache. Of 64 KiB to 1 MiB this size was the fastest.
+_BLOCK_NBYTES = 512 << 10
 # Slices begin on cache lines, so that no two ranks write to one.
 _LINE_NBYTES = 64
 # How many pieces the staging memory holds.
@@ -158,9 +158,7 @@ def staged_allreduce(
         yield from stages.leave(_FILLED, piece)
         yield from stages.left_by_all(_FILLED, piece)
         mine, shown = here[node.rank], staging[node.rank][there[node.rank]]
-        sources = [
-            mine if owner == node.rank else memory[there[node.rank]] for owner, memory in enumerate(staging)
-        ]
+        sources = [mine if owner == node.rank else memory[there[node.rank]] for owner, memory in enumerate(staging)]
         if across is None:
             yield from _reduce_blocks(sources, [mine, shown], reduction, is_final=True)
         else:
@@ -200,9 +198,7 @@ class _Stages:
         self._next[stage] = piece + 1
 
 
-def _finish_across(
-    mine: NDArray[Any], reduction: Reduction, number: int, piece: int, across: Across
-) -> Task[None]:
+def _finish_across(mine: NDArray[Any], reduction: Reduction, number: int, piece: int, across: Across) -> Task[None]:
     """Reduce this rank's slice of a piece over the nodes."""
     if mine.size:
         yield from across.allreduce(mine, reduction, number * _NUM_ACROSS + piece % _NUM_ACROSS)

@@ -188,4 +188,3 @@ class _Run:
         if transfer.array < 0:
             return _NOTHING
         return self.arrays[transfer.array][transfer.offset : transfer.offset + transfer.count].view("u1")
-

@@ -20,7 +20,6 @@ ratio, which differs less between machines than they do themselves.
 from __future__ import annotations
 
 import functools
-from fractions import Fraction
 
 from mpitrain.collectives.selection import DIRECT, HIERARCHICAL, NATIVE, choose_num_segments
 from mpitrain.collectives.table import Shape
@@ -58,8 +57,8 @@ _NATIVE_BACKGROUND_FACTOR = 2.5
 _MOST_WALKED = 128
 # Prices that differ by less are the same.
 _ROUNDING = 1e-6
-# These send to the next rank only, so that one message at a time leaves a node and one enters it.
-_NEIGHBOURS_ONLY = ("ring", "chain")
+# Here one rank of a node at a time has a peer on another node, while elsewhere all of them have.
+_ONE_CROSSES = ("ring", "chain", "binomial")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -168,24 +167,26 @@ def _costs(algorithm: Algorithm, shape: Shape, num_segments: int) -> tuple[float
 
 
 def _costs_by_formula(algorithm: Algorithm, shape: Shape, num_segments: int) -> tuple[float, float]:
-    """Return the same, or more on several nodes: every round crosses nodes, of all ranks unless of neighbours."""
-    volume = float(algorithm.volume(shape.size, num_segments))
-    byte_s = volume / _BYTES_PER_S + _reduced(algorithm, shape.size, num_segments) / _REDUCED_BYTES_PER_S
+    """Return about the same, or more on several nodes: as if every round crossed nodes."""
+    num_rounds = algorithm.rounds(shape.size, num_segments)
+    num_chunks = algorithm.chunks_per_buffer(shape.size, num_segments)
+    # Where ranks send in turn, down a tree or a chain, a round still moves a chunk.
+    moved = max(float(algorithm.volume(shape.size, num_segments)), num_rounds / num_chunks if num_chunks else 0.0)
+    byte_s = moved / _BYTES_PER_S + moved * _reduced_share(algorithm, num_chunks) / _REDUCED_BYTES_PER_S
     round_s = _ROUND_S
     if shape.num_nodes > 1:
         round_s = _CROSS_ROUND_S
-        sharing = 1 if algorithm.name in _NEIGHBOURS_ONLY else shape.largest
-        byte_s = max(byte_s, volume * sharing / _CROSS_BYTES_PER_S)
-    return algorithm.rounds(shape.size, num_segments) * round_s, byte_s
+        sharing = 1 if algorithm.name in _ONE_CROSSES else shape.largest
+        byte_s = max(byte_s, moved * sharing / _CROSS_BYTES_PER_S)
+    return num_rounds * round_s, byte_s
 
 
-def _reduced(algorithm: Algorithm, size: int, num_segments: int) -> float:
-    """Return how much of the buffer a rank reduces: what it receives until it holds results."""
-    share: dict[str, Fraction] = {"reduce": Fraction(1), "reduce_scatter": Fraction(1), "allreduce": Fraction(1, 2)}
-    if algorithm.collective == "allreduce" and algorithm.num_chunks(size, num_segments) == 1:
-        # Whole buffers are exchanged, and all of them reduced.
-        share["allreduce"] = Fraction(1)
-    return float(algorithm.volume(size, num_segments) * share.get(algorithm.collective, 0))
+def _reduced_share(algorithm: Algorithm, num_chunks: int) -> float:
+    """Return how much of what a rank receives it reduces: until it holds results, which it then only stores."""
+    if algorithm.collective == "allreduce":
+        # In one chunk whole buffers are exchanged, and all of them reduced.
+        return 1.0 if num_chunks == 1 else 0.5
+    return 1.0 if algorithm.collective in ("reduce", "reduce_scatter") else 0.0
 
 
 def _levels(count: int) -> int:

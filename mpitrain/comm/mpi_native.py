@@ -77,9 +77,7 @@ class NativeCollectives:
                     requests.append(Request(self._comm.Iallreduce(MPI.IN_PLACE, [piece, datatype], mpi_op), piece))
         return requests
 
-    def reduce(
-        self, data: NDArray[Any], dtype: DType, op: ReduceOp, root: int, *, blocking: bool
-    ) -> list[Request]:
+    def reduce(self, data: NDArray[Any], dtype: DType, op: ReduceOp, root: int, *, blocking: bool) -> list[Request]:
         """Start reducing `data` to the root, in place there; unchanged elsewhere."""
         datatype, mpi_op = self._reduction(dtype, op)
         is_root = self._comm.rank == root
@@ -126,9 +124,7 @@ class NativeCollectives:
                 return []
             return [Request(self._comm.Ireduce_scatter(*arguments), arguments)]
 
-    def allgather(
-        self, data: NDArray[Any], counts: Sequence[int], dtype: DType, *, blocking: bool
-    ) -> list[Request]:
+    def allgather(self, data: NDArray[Any], counts: Sequence[int], dtype: DType, *, blocking: bool) -> list[Request]:
         """Start filling `data`, which holds this rank's part in its place, with the parts of all."""
         self._check_total("allgather", counts)
         arguments = (MPI.IN_PLACE, _parts(data, counts, dtype))

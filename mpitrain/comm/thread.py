@@ -67,9 +67,7 @@ class ThreadTransport(Transport):
 
     max_tag = 2**31 - 1
 
-    def __init__(
-        self, world: ThreadWorld, members: tuple[int, ...], rank: int, context: Hashable = "world"
-    ) -> None:
+    def __init__(self, world: ThreadWorld, members: tuple[int, ...], rank: int, context: Hashable = "world") -> None:
         self.world = world
         self.members = members
         self.rank = rank
@@ -164,8 +162,10 @@ class ThreadTransport(Transport):
         answers = self.gather_everywhere((color, key))
         if color is None:
             return None
-        ranks = [rank for _, rank in sorted((answers[rank][1], rank) for rank in range(self.size)
-                                            if answers[rank][0] == color)]
+        ranks = [
+            rank
+            for _, rank in sorted((answers[rank][1], rank) for rank in range(self.size) if answers[rank][0] == color)
+        ]
         members = tuple(self.members[rank] for rank in ranks)
         return ThreadTransport(self.world, members, ranks.index(self.rank), (self._context, call, color))
 

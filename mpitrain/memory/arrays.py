@@ -156,9 +156,7 @@ def _view_torch(tensor: Tensor, torch: TorchModule, name: str, writable: bool) -
     bare = tensor.detach() if tensor.requires_grad else tensor
     if tensor.is_cuda:
         bits = _plain(bare, name)
-        return _view_device(
-            bits.view(torch.int16) if dtype.name == "bfloat16" else bits, tensor, dtype, name, writable
-        )
+        return _view_device(bits.view(torch.int16) if dtype.name == "bfloat16" else bits, tensor, dtype, name, writable)
     try:
         host = bare.numpy() if dtype.name != "bfloat16" else bare.view(torch.int16).numpy().view(np.uint16)
     except (RuntimeError, TypeError, NotImplementedError) as error:
@@ -191,9 +189,7 @@ def _view_device(
 def _as_numpy(array: object, name: str) -> NDArray[Any]:
     """Return the base-class array over the memory of what NumPy itself can read without a copy."""
     if isinstance(array, np.ma.MaskedArray):
-        raise TypeError(
-            f"{name}: has a mask that a collective would ignore, got {_type(array)}; pass array.filled()"
-        )
+        raise TypeError(f"{name}: has a mask that a collective would ignore, got {_type(array)}; pass array.filled()")
     if isinstance(array, np.generic):
         host = np.asarray(array)
         # The scalar itself cannot change, so a write would be lost in the copy.
@@ -202,8 +198,7 @@ def _as_numpy(array: object, name: str) -> NDArray[Any]:
     if isinstance(array, np.ndarray) or hasattr(array, "__array_interface__"):
         return np.asarray(cast("Any", array))
     raise TypeError(
-        f"{name}: must be an array in memory, got {_type(array)}; "
-        f"pass a numpy.ndarray, torch.Tensor or cupy.ndarray"
+        f"{name}: must be an array in memory, got {_type(array)}; pass a numpy.ndarray, torch.Tensor or cupy.ndarray"
     )
 
 

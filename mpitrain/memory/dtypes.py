@@ -64,9 +64,7 @@ DTYPES: Mapping[str, DType] = MappingProxyType(_build())
 """Every supported element type by name."""
 
 # A NumPy dtype of foreign byte order is unequal to all keys, so it is refused like any other unknown one.
-_BY_NUMPY: dict[np.dtype[Any], DType] = {
-    dtype.storage: dtype for dtype in DTYPES.values() if dtype.name != "bfloat16"
-}
+_BY_NUMPY: dict[np.dtype[Any], DType] = {dtype.storage: dtype for dtype in DTYPES.values() if dtype.name != "bfloat16"}
 _BY_TORCH: dict[object, DType] = {}
 
 

@@ -81,9 +81,7 @@ def check_op(op: ReduceOp, dtype: DType) -> None:
         if dtype.kind != "float":
             raise TypeError(f"op: adasum needs a floating-point dtype, got {dtype}; use sum or average")
     elif op not in _UFUNCS[dtype.kind]:
-        remedy = (
-            "convert to a floating-point dtype" if dtype.kind == "bool" else "reduce real and imaginary parts"
-        )
+        remedy = "convert to a floating-point dtype" if dtype.kind == "bool" else "reduce real and imaginary parts"
         raise TypeError(f"op: {op.name.lower()} is not defined for this dtype, got {dtype}; {remedy}")
 
 
@@ -146,9 +144,7 @@ def scale(data: Storage, factor: float, dtype: DType) -> None:
         raise TypeError(f"data: cannot be scaled, got {dtype}; convert to a number dtype")
     if dtype.kind in ("int", "uint"):
         if not math.isfinite(factor):
-            raise ValueError(
-                f"factor: must be finite for {dtype}, got {factor}; convert to a floating-point dtype"
-            )
+            raise ValueError(f"factor: must be finite for {dtype}, got {factor}; convert to a floating-point dtype")
         if factor != 1.0:
             _scale_integers(data, factor)
     elif factor != 1.0:
@@ -233,6 +229,4 @@ def _divide_integers(data: Storage, divisor: int) -> None:
 
 def _check_storage(name: str, data: Storage, dtype: DType) -> None:
     if data.dtype != dtype.storage:
-        raise TypeError(
-            f"{name}: must be stored as {dtype.storage}, got {data.dtype}; pass the data of a flat view"
-        )
+        raise TypeError(f"{name}: must be stored as {dtype.storage}, got {data.dtype}; pass the data of a flat view")

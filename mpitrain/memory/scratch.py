@@ -40,9 +40,7 @@ class ScratchPool:
                 longest is freed. Blocks on loan do not count.
         """
         if max_idle_nbytes < 0:
-            raise ValueError(
-                f"max_idle_nbytes: must not be negative, got {max_idle_nbytes}; use 0 to keep nothing"
-            )
+            raise ValueError(f"max_idle_nbytes: must not be negative, got {max_idle_nbytes}; use 0 to keep nothing")
         self._max_idle_nbytes = max_idle_nbytes
         self._lock = threading.Lock()
         self._idle: list[NDArray[np.uint8]] = []  # longest idle first

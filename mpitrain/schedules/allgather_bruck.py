@@ -38,8 +38,6 @@ ALGORITHM = Algorithm(
     rounds_formula="ceil(log2 p)",
     volume_formula="(p-1)/p",
     restrictions="none",
-    source=(
-        "Bruck, Ho, Kipnis, Upfal and Weathersby, IEEE TPDS 8(11):1143-1156, 1997, doi:10.1109/71.642949"
-    ),
+    source=("Bruck, Ho, Kipnis, Upfal and Weathersby, IEEE TPDS 8(11):1143-1156, 1997, doi:10.1109/71.642949"),
     is_symmetric=True,
 )

@@ -56,9 +56,7 @@ ALGORITHM = Algorithm(
     rounds=_rounds,
     volume=_volume,
     rounds_formula="m, or m+2 if p > 2^m; m = floor(log2 p)",
-    volume_formula=(
-        "(p-1)/p, or 1 + (2^m - 1 + sum of min(2^k, p - 2^m) over k < m)/p if p > 2^m; m = floor(log2 p)"
-    ),
+    volume_formula=("(p-1)/p, or 1 + (2^m - 1 + sum of min(2^k, p - 2^m) over k < m)/p if p > 2^m; m = floor(log2 p)"),
     restrictions="none",
     source=("Thakur, Rabenseifner and Gropp, IJHPCA 19(1):49-66, 2005, doi:10.1177/1094342005051521"),
 )

@@ -36,8 +36,6 @@ ALGORITHM = Algorithm(
     rounds_formula="p-1",
     volume_formula="(p-1)/p",
     restrictions="none",
-    source=(
-        "Chan, Heimlich, Purkayastha and van de Geijn, CCPE 19(13):1749-1783, 2007, doi:10.1002/cpe.1206"
-    ),
+    source=("Chan, Heimlich, Purkayastha and van de Geijn, CCPE 19(13):1749-1783, 2007, doi:10.1002/cpe.1206"),
     is_symmetric=True,
 )

@@ -102,8 +102,6 @@ ALGORITHM = Algorithm(
     rounds_formula="s+2m-1; m = floor(log2 p), p > 1",
     volume_formula="min(p, 4)/2; p > 1",
     restrictions="commutative operation",
-    source=(
-        "Sanders, Speck and Traeff, Parallel Computing 35(12):581-594, 2009, doi:10.1016/j.parco.2009.09.001"
-    ),
+    source=("Sanders, Speck and Traeff, Parallel Computing 35(12):581-594, 2009, doi:10.1016/j.parco.2009.09.001"),
     takes_segments=True,
 )

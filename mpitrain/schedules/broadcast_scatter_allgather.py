@@ -45,8 +45,7 @@ ALGORITHM = Algorithm(
     volume_formula="2(p-1)/p",
     restrictions="none",
     source=(
-        "Barnett, Shuler, van de Geijn, Gupta, Payne and Watts, SHPCC 1994, 357-364, "
-        "doi:10.1109/SHPCC.1994.296665"
+        "Barnett, Shuler, van de Geijn, Gupta, Payne and Watts, SHPCC 1994, 357-364, doi:10.1109/SHPCC.1994.296665"
     ),
     takes_root=True,
 )

@@ -24,9 +24,7 @@ def is_reducing(collective: str) -> bool:
     return collective in _REDUCING
 
 
-def initial_contents(
-    algorithm: Algorithm, rank: int, size: int, *, root: int, num_segments: int
-) -> list[int]:
+def initial_contents(algorithm: Algorithm, rank: int, size: int, *, root: int, num_segments: int) -> list[int]:
     """Return the contents of the chunks of `rank` before the first round."""
     num_chunks = algorithm.num_chunks(size, num_segments)
     own = 1 << rank
@@ -47,9 +45,7 @@ def initial_contents(
     raise ValueError(f"collective: unknown, got {collective!r}; pass one of the registry")
 
 
-def required_contents(
-    algorithm: Algorithm, rank: int, size: int, *, root: int, num_segments: int
-) -> Mapping[int, int]:
+def required_contents(algorithm: Algorithm, rank: int, size: int, *, root: int, num_segments: int) -> Mapping[int, int]:
     """Return chunk -> content for the chunks that `rank` must hold after the last round."""
     chunks = range(algorithm.num_chunks(size, num_segments))
     everyone = (1 << size) - 1

@@ -26,10 +26,7 @@ def draw_text(algorithm: Algorithm, size: int, *, root: int = 0, num_segments: i
     ]
     table = [header, *rows]
     widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
-    lines = [
-        " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in table
-    ]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
     rule = "-+-".join("-" * width for width in widths)
     title = _title(algorithm, size, root, num_segments)
     return "\n".join([title, lines[0], rule, *lines[1:]]) + "\n"
@@ -45,8 +42,7 @@ def draw_svg(algorithm: Algorithm, size: int, *, root: int = 0, num_segments: in
     lanes = Lanes(
         title=_title(algorithm, size, root, num_segments),
         names=[
-            f"rank {rank} (root)" if algorithm.takes_root and rank == root else f"rank {rank}"
-            for rank in range(size)
+            f"rank {rank} (root)" if algorithm.takes_root and rank == root else f"rank {rank}" for rank in range(size)
         ],
         rounds=[[current.receives for current in rounds] for rounds in zip(*columns, strict=True)],
     )
@@ -54,9 +50,7 @@ def draw_svg(algorithm: Algorithm, size: int, *, root: int = 0, num_segments: in
 
 
 def _rounds_by_rank(algorithm: Algorithm, size: int, root: int, num_segments: int) -> list[list[Round]]:
-    return [
-        list(algorithm.rounds_of(rank, size, root=root, num_segments=num_segments)) for rank in range(size)
-    ]
+    return [list(algorithm.rounds_of(rank, size, root=root, num_segments=num_segments)) for rank in range(size)]
 
 
 def _title(algorithm: Algorithm, size: int, root: int, num_segments: int) -> str:
@@ -90,9 +84,7 @@ def _sent(sends: Iterable[Send]) -> Iterable[str]:
 
 
 def _received(receives: Iterable[Receive]) -> Iterable[str]:
-    return (
-        f"<-{peer} {'+' * reduce}{_chunks(start, stop)}".rstrip() for peer, start, stop, reduce in receives
-    )
+    return (f"<-{peer} {'+' * reduce}{_chunks(start, stop)}".rstrip() for peer, start, stop, reduce in receives)
 
 
 def _chunks(start: int, stop: int) -> str:

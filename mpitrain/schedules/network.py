@@ -60,6 +60,4 @@ class Network:
 
 def _check(name: str, value: float | None, *, is_valid: bool) -> None:
     if not is_valid:
-        raise ValueError(
-            f"{name}: out of range, got {value}; times must not be negative, rates must be positive"
-        )
+        raise ValueError(f"{name}: out of range, got {value}; times must not be negative, rates must be positive")

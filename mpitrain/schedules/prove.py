@@ -64,10 +64,7 @@ def prove(algorithm: Algorithm, size: int, *, root: int = 0, num_segments: int =
     simulation = Simulation(
         algorithm,
         [algorithm.rounds_of(rank, size, root=root, num_segments=num_segments) for rank in range(size)],
-        [
-            initial_contents(algorithm, rank, size, root=root, num_segments=num_segments)
-            for rank in range(size)
-        ],
+        [initial_contents(algorithm, rank, size, root=root, num_segments=num_segments) for rank in range(size)],
     )
     try:
         simulation.run()
@@ -80,9 +77,7 @@ def prove(algorithm: Algorithm, size: int, *, root: int = 0, num_segments: int =
 
 def _check_contents(simulation: Simulation, root: int, num_segments: int) -> None:
     for rank, contents in enumerate(simulation.contents):
-        required = required_contents(
-            simulation.algorithm, rank, simulation.size, root=root, num_segments=num_segments
-        )
+        required = required_contents(simulation.algorithm, rank, simulation.size, root=root, num_segments=num_segments)
         for chunk, content in required.items():
             if contents[chunk] != content:
                 raise ProofError(

@@ -40,8 +40,6 @@ ALGORITHM = Algorithm(
     rounds_formula="ceil(log2 p)",
     volume_formula="1; p > 1",
     restrictions="commutative operation",
-    source=(
-        "Chan, Heimlich, Purkayastha and van de Geijn, CCPE 19(13):1749-1783, 2007, doi:10.1002/cpe.1206"
-    ),
+    source=("Chan, Heimlich, Purkayastha and van de Geijn, CCPE 19(13):1749-1783, 2007, doi:10.1002/cpe.1206"),
     takes_root=True,
 )

@@ -48,8 +48,7 @@ def _check_message(message: Send | Receive, rank: int, round_index: int, size: i
     peer, start, stop = message.peer, message.start, message.stop
     if peer == rank or not 0 <= peer < size:
         raise ProofError(
-            f"rank {rank}, round {round_index}: no such peer, got {peer}; "
-            f"it must be another rank from 0 to {size - 1}"
+            f"rank {rank}, round {round_index}: no such peer, got {peer}; it must be another rank from 0 to {size - 1}"
         )
     if not 0 <= start <= stop <= num_chunks:
         raise ProofError(

@@ -120,8 +120,7 @@ class Simulation:
             if UNDEFINED in copied:
                 chunk = send.start + copied.index(UNDEFINED)
                 raise ProofError(
-                    f"rank {rank}, round {round_index}, peer {send.peer}, chunk {chunk}: "
-                    "an undefined chunk is sent"
+                    f"rank {rank}, round {round_index}, peer {send.peer}, chunk {chunk}: an undefined chunk is sent"
                 )
             self.chunks_sent[rank] += send.stop - send.start
             channel = (rank, send.peer)
@@ -188,8 +187,7 @@ class Simulation:
                 raise ProofError(f"{where}, chunk {chunk}: an undefined chunk is reduced")
             if content & local:
                 raise ProofError(
-                    f"{where}, chunk {chunk}: contributions count twice, "
-                    f"got {content:#x} to reduce into {local:#x}"
+                    f"{where}, chunk {chunk}: contributions count twice, got {content:#x} to reduce into {local:#x}"
                 )
             contents[chunk] = content | local
 

@@ -47,7 +47,7 @@ def measure(comm: Communicator, nbytes: int, seconds: float) -> dict[str, float]
     medians_s = interleaved_medians_s(sides, MPI.COMM_WORLD.bcast(repeats))
     native.Free()
     sides.clear()
-    shared.free()
+    del shared
     return medians_s
 
 

@@ -1,6 +1,6 @@
 """Training step of an MLP with 25 million parameters: alone, with DDP on Gloo, with DistributedOptimizer, in one run.
 
-    mpirun -np 2 python tests/benchmarks/training_step.py
+mpirun -np 2 python tests/benchmarks/training_step.py
 """
 
 from __future__ import annotations

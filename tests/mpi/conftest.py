@@ -41,9 +41,7 @@ class Ranks:
         self.comm = MPI.COMM_WORLD.Dup()
         self.rank, self.size = self.comm.Get_rank(), self.comm.Get_size()
 
-    def share(
-        self, phase: str, outcome: str, failure: str = "", item: pytest.Item | None = None
-    ) -> list[Any]:
+    def share(self, phase: str, outcome: str, failure: str = "", item: pytest.Item | None = None) -> list[Any]:
         """Return `(phase, outcome, failure)` of every rank; ends the job if the phases are not the same."""
         if self.size == 1:
             return [(phase, outcome, failure)]
@@ -112,9 +110,7 @@ def pytest_report_header(config: pytest.Config) -> str:
         return "tests/mpi: left out; scripts/test-mpi runs them"
     ranks = config.stash[RANKS]
     vendor, version = ranks.mpi.get_vendor()
-    return (
-        f"MPI: {vendor} {'.'.join(map(str, version))}, rank {ranks.rank} of {ranks.size}, pid {os.getpid()}"
-    )
+    return f"MPI: {vendor} {'.'.join(map(str, version))}, rank {ranks.rank} of {ranks.size}, pid {os.getpid()}"
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -160,9 +156,7 @@ def _together(item: pytest.Item, phase: str) -> Generator[None, Any, Any]:
         failures = {rank: text for rank, (_, other, text) in enumerate(said) if other == "failed"}
         if failures:
             first = min(failures)
-            pytest.fail(
-                f"failed on ranks {sorted(failures)}; on rank {first}:\n{failures[first]}", pytrace=False
-            )
+            pytest.fail(f"failed on ranks {sorted(failures)}; on rank {first}:\n{failures[first]}", pytrace=False)
         # Skipped in setup on some ranks only, the others would be alone in the collectives of the test.
         if phase == "setup" and len({other for _, other, _ in said}) > 1:
             pytest.fail("skipped on some ranks only; a skip must not depend on the rank", pytrace=False)

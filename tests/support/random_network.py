@@ -91,9 +91,7 @@ class _RandomTransport:
         """Nothing to do: the network ends with the test."""
 
 
-def run_at_random(
-    network: RandomNetwork, tasks: Sequence[Task[None]], stuck: Callable[[], str] = str
-) -> None:
+def run_at_random(network: RandomNetwork, tasks: Sequence[Task[None]], stuck: Callable[[], str] = str) -> None:
     """Run the tasks of all ranks to their ends.
 
     Raises:
@@ -113,6 +111,4 @@ def run_at_random(
             moved = True
         fruitless = 0 if moved or network.matched else fruitless + 1
         # So many draws without any movement miss a task that could move with a probability of e**-50.
-        assert fruitless < 50 * len(tasks) + 50, (
-            f"deadlock: {len(running)} of {len(tasks)} ranks wait {stuck()}"
-        )
+        assert fruitless < 50 * len(tasks) + 50, f"deadlock: {len(running)} of {len(tasks)} ranks wait {stuck()}"

@@ -10,14 +10,14 @@ from mpitrain.collectives.context import Context
 from mpitrain.collectives.executor import Task
 from mpitrain.collectives.layout import Layout
 from mpitrain.collectives.plan import Call, Plan
-from mpitrain.collectives.selection import NATIVE, choose_algorithm
+from mpitrain.collectives.selection import NATIVE
 from mpitrain.memory import allocate_like, flat_view
 
 __all__ = ["plan_allgather"]
 
 
 def plan_allgather(
-    context: Context, array: Any, *, rows: Sequence[int] | None = None, algorithm: str = "auto"
+    context: Context, array: Any, *, rows: Sequence[int] | None = None, algorithm: str = "auto", blocking: bool = True
 ) -> Plan[Any]:
     """Prepare an all-gather: the arrays of all ranks, in rank order, along the first dimension.
 
@@ -26,6 +26,7 @@ def plan_allgather(
         array: Shape `(rows, ...)`, or `()` for one row; dtype and further dimensions the same on every rank.
         rows: First dimension of every rank's array where these differ; same on every rank.
         algorithm: Same on every rank.
+        blocking: Whether the plan is made to be waited for at once; same on every rank.
 
     Raises:
         ValueError, TypeError: Bad argument.
@@ -43,7 +44,7 @@ def plan_allgather(
     counts = tuple(row * row_count for row in all_rows)
     layout = Layout.packed(counts)
     nbytes = sum(counts) * dtype.itemsize
-    name = choose_algorithm("allgather", algorithm, nbytes, context.available)
+    name = context.choose("allgather", algorithm, nbytes, blocking=blocking)
     uses_native = name == NATIVE
     if not uses_native:
         program = context.program("allgather", name, layout, dtype, nbytes=nbytes)

@@ -9,14 +9,20 @@ from mpitrain.collectives.direct import Reduction
 from mpitrain.collectives.executor import Task
 from mpitrain.collectives.layout import Layout, even_counts
 from mpitrain.collectives.plan import Call, Plan
-from mpitrain.collectives.selection import NATIVE, choose_algorithm
+from mpitrain.collectives.selection import NATIVE
 from mpitrain.memory import FlatArray, ReduceOp, SharedArray, copy_of, divide_by, flat_view
 
 __all__ = ["plan_allreduce"]
 
 
 def plan_allreduce(
-    context: Context, array: Any, *, op: str | ReduceOp = "sum", algorithm: str = "auto", in_place: bool = False
+    context: Context,
+    array: Any,
+    *,
+    op: str | ReduceOp = "sum",
+    algorithm: str = "auto",
+    blocking: bool = True,
+    in_place: bool = False,
 ) -> Plan[Any]:
     """Prepare an all-reduce of `array`.
 
@@ -25,6 +31,7 @@ def plan_allreduce(
         array: Any shape; shape and dtype the same on every rank. Modified only if `in_place`.
         op: Same on every rank.
         algorithm: Same on every rank; "auto" takes the setting, which is "auto" unless somebody set it.
+        blocking: Whether the plan is made to be waited for at once; same on every rank.
         in_place: Each run reduces what `array` holds then, and replaces it. Else the array is copied now,
             and the plan is good for one run.
 
@@ -37,7 +44,7 @@ def plan_allreduce(
     if algorithm == "auto":
         algorithm = context.settings.algorithm
     in_window = isinstance(array, SharedArray) and array.is_shared and in_place
-    name = choose_algorithm("allreduce", algorithm, view.nbytes, context.available, in_window=in_window)
+    name = context.choose("allreduce", algorithm, view.nbytes, blocking=blocking, in_window=in_window)
     description = f"allreduce {op.name.lower()} of {dtype} {list(view.shape)} by {name}"
     if name == context.available.shared:
         return _plan_in_node(context, array if in_window else None, view, op, description)

@@ -12,7 +12,7 @@ from mpitrain.collectives.context import Context
 from mpitrain.collectives.executor import Task
 from mpitrain.collectives.layout import Layout
 from mpitrain.collectives.plan import Call, Plan
-from mpitrain.collectives.selection import NATIVE, choose_algorithm
+from mpitrain.collectives.selection import NATIVE
 from mpitrain.memory import FlatArray, allocate_like, flat_view
 
 __all__ = ["plan_alltoall"]
@@ -25,6 +25,7 @@ def plan_alltoall(
     splits: Sequence[int] | None = None,
     received_splits: Sequence[int] | None = None,
     algorithm: str = "auto",
+    blocking: bool = True,
 ) -> Plan[tuple[Any, list[int]]]:
     """Prepare an all-to-all along the first dimension; the result is the new array and what came from whom.
 
@@ -34,6 +35,7 @@ def plan_alltoall(
         splits: How many rows go to each rank; None cuts evenly. Given on every rank or on none.
         received_splits: How many rows come from each rank, if the caller knows; else the ranks ask each other first.
         algorithm: Same on every rank.
+        blocking: Whether the plan is made to be waited for at once; same on every rank.
 
     Raises:
         ValueError, TypeError: Bad argument.
@@ -45,7 +47,7 @@ def plan_alltoall(
         received_splits = sent_splits
     # Only ranks that cut evenly know a size that all share.
     nbytes = view.nbytes if splits is None else 0
-    name = choose_algorithm("alltoall", algorithm, nbytes, context.available)
+    name = context.choose("alltoall", algorithm, nbytes, blocking=blocking)
     uses_native = name == NATIVE
 
     def task(call: Call) -> Task[tuple[Any, list[int]]]:

@@ -6,19 +6,19 @@ from mpitrain.collectives.context import Context
 from mpitrain.collectives.executor import Task
 from mpitrain.collectives.layout import Layout
 from mpitrain.collectives.plan import Call, Plan
-from mpitrain.collectives.selection import NATIVE, choose_algorithm
+from mpitrain.collectives.selection import NATIVE
 from mpitrain.memory import dtype_named
 
 __all__ = ["plan_barrier"]
 
 
-def plan_barrier(context: Context, *, algorithm: str = "auto") -> Plan[None]:
+def plan_barrier(context: Context, *, algorithm: str = "auto", blocking: bool = True) -> Plan[None]:
     """Prepare a barrier.
 
     Raises:
         ValueError: Unknown algorithm.
     """
-    name = choose_algorithm("barrier", algorithm, 0, context.available)
+    name = context.choose("barrier", algorithm, 0, blocking=blocking)
     uses_native = name == NATIVE
     no_type = dtype_named("uint8")
     if not uses_native:

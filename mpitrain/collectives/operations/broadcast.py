@@ -8,14 +8,20 @@ from mpitrain.collectives.context import Context
 from mpitrain.collectives.executor import Task
 from mpitrain.collectives.layout import Layout, even_counts
 from mpitrain.collectives.plan import Call, Plan
-from mpitrain.collectives.selection import NATIVE, choose_algorithm
+from mpitrain.collectives.selection import NATIVE
 from mpitrain.memory import copy_of, flat_view
 
 __all__ = ["plan_broadcast"]
 
 
 def plan_broadcast(
-    context: Context, array: Any, *, root: int = 0, algorithm: str = "auto", in_place: bool = False
+    context: Context,
+    array: Any,
+    *,
+    root: int = 0,
+    algorithm: str = "auto",
+    blocking: bool = True,
+    in_place: bool = False,
 ) -> Plan[Any]:
     """Prepare a broadcast of the root's `array`.
 
@@ -24,6 +30,7 @@ def plan_broadcast(
         array: Any shape; shape and dtype the same on every rank. Modified only if `in_place`, and not on the root.
         root: Same on every rank.
         algorithm: Same on every rank.
+        blocking: Whether the plan is made to be waited for at once; same on every rank.
         in_place: The result replaces the contents of `array`, else it is a new array.
 
     Raises:
@@ -32,7 +39,7 @@ def plan_broadcast(
     context.check_root("broadcast", root)
     view = flat_view(array if in_place else copy_of(array), writable=context.rank != root)
     dtype = view.dtype
-    name = choose_algorithm("broadcast", algorithm, view.nbytes, context.available)
+    name = context.choose("broadcast", algorithm, view.nbytes, blocking=blocking)
     uses_native = name == NATIVE
     if not uses_native:
         counts = even_counts(view.count, context.num_chunks("broadcast", name, view.nbytes))

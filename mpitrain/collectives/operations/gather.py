@@ -9,14 +9,16 @@ from mpitrain.collectives.executor import Task
 from mpitrain.collectives.layout import Layout
 from mpitrain.collectives.plan import Call, Plan
 from mpitrain.collectives.program import touched_chunks
-from mpitrain.collectives.selection import NATIVE, choose_algorithm
+from mpitrain.collectives.selection import NATIVE
 from mpitrain.memory import allocate_like, flat_view
 from mpitrain.schedules import find_algorithm
 
 __all__ = ["plan_gather"]
 
 
-def plan_gather(context: Context, array: Any, *, root: int = 0, algorithm: str = "auto") -> Plan[Any]:
+def plan_gather(
+    context: Context, array: Any, *, root: int = 0, algorithm: str = "auto", blocking: bool = True
+) -> Plan[Any]:
     """Prepare a gather: the arrays of all ranks, in rank order, along the first dimension of a new one.
 
     Args:
@@ -24,6 +26,7 @@ def plan_gather(context: Context, array: Any, *, root: int = 0, algorithm: str =
         array: Shape `(rows, ...)`, or `()` for one row; shape and dtype the same on every rank.
         root: Who gets the result, of shape `(size * rows, ...)`; the others get None.
         algorithm: Same on every rank.
+        blocking: Whether the plan is made to be waited for at once; same on every rank.
 
     Raises:
         ValueError, TypeError: Bad argument.
@@ -34,7 +37,7 @@ def plan_gather(context: Context, array: Any, *, root: int = 0, algorithm: str =
     rank, size = context.rank, context.size
     counts = (view.count,) * size
     nbytes = view.nbytes * size
-    name = choose_algorithm("gather", algorithm, nbytes, context.available)
+    name = context.choose("gather", algorithm, nbytes, blocking=blocking)
     uses_native = name == NATIVE
     if not uses_native:
         # Ranks between root and leaves hold what passes through them, and nothing else.

@@ -8,14 +8,20 @@ from mpitrain.collectives.context import Context
 from mpitrain.collectives.executor import Task
 from mpitrain.collectives.layout import Layout, even_counts
 from mpitrain.collectives.plan import Call, Plan
-from mpitrain.collectives.selection import NATIVE, choose_algorithm
+from mpitrain.collectives.selection import NATIVE
 from mpitrain.memory import ReduceOp, copy_of, divide_by, flat_view
 
 __all__ = ["plan_reduce"]
 
 
 def plan_reduce(
-    context: Context, array: Any, *, root: int = 0, op: str | ReduceOp = "sum", algorithm: str = "auto"
+    context: Context,
+    array: Any,
+    *,
+    root: int = 0,
+    op: str | ReduceOp = "sum",
+    algorithm: str = "auto",
+    blocking: bool = True,
 ) -> Plan[Any]:
     """Prepare a reduction of `array`, of any shape, to `root`; the result is None on the other ranks.
 
@@ -27,7 +33,7 @@ def plan_reduce(
     view = flat_view(copy_of(array), writable=True)
     dtype = view.dtype
     op = context.check_reduction("reduce", op, dtype)
-    name = choose_algorithm("reduce", algorithm, view.nbytes, context.available)
+    name = context.choose("reduce", algorithm, view.nbytes, blocking=blocking)
     uses_native = name == NATIVE
     if not uses_native:
         counts = even_counts(view.count, context.num_chunks("reduce", name, view.nbytes))

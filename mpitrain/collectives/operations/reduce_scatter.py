@@ -9,14 +9,14 @@ from mpitrain.collectives.context import Context
 from mpitrain.collectives.executor import Task
 from mpitrain.collectives.layout import Layout, even_counts
 from mpitrain.collectives.plan import Call, Plan
-from mpitrain.collectives.selection import NATIVE, choose_algorithm
+from mpitrain.collectives.selection import NATIVE
 from mpitrain.memory import ReduceOp, allocate_like, divide_by, flat_view
 
 __all__ = ["plan_reduce_scatter"]
 
 
 def plan_reduce_scatter(
-    context: Context, array: Any, *, op: str | ReduceOp = "sum", algorithm: str = "auto"
+    context: Context, array: Any, *, op: str | ReduceOp = "sum", algorithm: str = "auto", blocking: bool = True
 ) -> Plan[Any]:
     """Prepare a reduce-scatter of `array`, of which rank r gets the r-th part along the first dimension.
 
@@ -34,7 +34,7 @@ def plan_reduce_scatter(
     row_count = math.prod(view.shape[1:])
     counts = tuple(row * row_count for row in rows)
     layout = Layout.packed(counts)
-    name = choose_algorithm("reduce_scatter", algorithm, view.nbytes, context.available)
+    name = context.choose("reduce_scatter", algorithm, view.nbytes, blocking=blocking)
     uses_native = name == NATIVE
     if not uses_native:
         program = context.program("reduce_scatter", name, layout, dtype, nbytes=view.nbytes)

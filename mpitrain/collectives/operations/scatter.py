@@ -9,7 +9,7 @@ from mpitrain.collectives.executor import Task
 from mpitrain.collectives.layout import Layout
 from mpitrain.collectives.plan import Call, Plan
 from mpitrain.collectives.program import touched_chunks
-from mpitrain.collectives.selection import NATIVE, choose_algorithm
+from mpitrain.collectives.selection import NATIVE
 from mpitrain.memory import flat_view
 from mpitrain.schedules import find_algorithm
 
@@ -17,7 +17,7 @@ __all__ = ["plan_scatter"]
 
 
 def plan_scatter(
-    context: Context, array: Any, out: Any, *, root: int = 0, algorithm: str = "auto"
+    context: Context, array: Any, out: Any, *, root: int = 0, algorithm: str = "auto", blocking: bool = True
 ) -> Plan[Any]:
     """Prepare a scatter of the root's `array` into the `out` of every rank.
 
@@ -27,6 +27,7 @@ def plan_scatter(
         out: Gets the r-th part on rank r, the root included; shape and dtype the same on every rank.
         root: Same on every rank.
         algorithm: Same on every rank.
+        blocking: Whether the plan is made to be waited for at once; same on every rank.
 
     Raises:
         ValueError, TypeError: Bad argument; that `array` does not fit is seen by the root only.
@@ -43,7 +44,7 @@ def plan_scatter(
         )
     counts = (part.count,) * size
     nbytes = part.nbytes * size
-    name = choose_algorithm("scatter", algorithm, nbytes, context.available)
+    name = context.choose("scatter", algorithm, nbytes, blocking=blocking)
     uses_native = name == NATIVE
     if not uses_native:
         touched = range(size) if rank == root else touched_chunks(find_algorithm("scatter", name), rank, size, root)

@@ -102,9 +102,7 @@ def test_operations_started_in_opposite_order_on_two_communicators_finish():
     def body(comm):
         other = comm.duplicate()
         pair = (comm, other) if comm.rank % 2 else (other, comm)
-        handles = {
-            each: each.allreduce_async(np.full(50, comm.rank + 1.0), algorithm="ring") for each in pair
-        }
+        handles = {each: each.allreduce_async(np.full(50, comm.rank + 1.0), algorithm="ring") for each in pair}
         return [float(handles[each].wait(20)[0]) for each in (comm, other)]
 
     assert run_communicators(4, body, rendezvous=True) == [[10.0, 10.0]] * 4
@@ -127,8 +125,7 @@ def test_hundred_operations_in_flight_complete_in_any_order_of_waiting():
         arrays = [np.full(17, float(number + comm.rank)) for number in range(100)]
         algorithms = ("ring", "recursive_doubling", "halving_doubling", "double_tree")
         handles = [
-            comm.allreduce_async_(array, algorithm=algorithms[number % 4])
-            for number, array in enumerate(arrays)
+            comm.allreduce_async_(array, algorithm=algorithms[number % 4]) for number, array in enumerate(arrays)
         ]
         order = range(100) if comm.rank % 2 else reversed(range(100))
         for number in order:
@@ -216,9 +213,7 @@ def test_tags_come_round_again():
         comm.transport.max_tag = 5
         handles = [comm.allreduce_async(np.array([number])) for number in range(4)]
         values = [int(comm.allreduce(np.array([number]), algorithm="ring")[0]) for number in range(40)]
-        return values == [3 * number for number in range(40)] and [
-            int(handle.wait()[0]) for handle in handles
-        ]
+        return values == [3 * number for number in range(40)] and [int(handle.wait()[0]) for handle in handles]
 
     assert run_communicators(3, body) == [[0, 3, 6, 9]] * 3
 
@@ -379,9 +374,7 @@ def test_rows_may_be_numbers_of_any_kind():
     # A list of NumPy integers on one rank and of Python's on another is the same list.
     def body(comm):
         rows = [1, 2, 3]
-        return comm.allgather(
-            np.full(rows[comm.rank], comm.rank), rows=np.array(rows) if comm.rank else rows
-        ).tolist()
+        return comm.allgather(np.full(rows[comm.rank], comm.rank), rows=np.array(rows) if comm.rank else rows).tolist()
 
     assert run_communicators(3, body) == [[0, 1, 1, 2, 2, 2]] * 3
 

@@ -22,9 +22,7 @@ def test_native_collectives_start_in_the_order_of_their_tickets(order):
         turns.give_back(ticket)
         left.add(ticket)
         first_open = next(number for number in range(5) if number not in left)
-        assert [turns.may_start(number) for number in range(5)] == [
-            number <= first_open for number in range(5)
-        ]
+        assert [turns.may_start(number) for number in range(5)] == [number <= first_open for number in range(5)]
     assert turns._left == set()
 
 

@@ -44,9 +44,7 @@ def content(rank: int, count: int, storage: np.dtype[Any]) -> np.ndarray:
 
 
 def expected(size: int, count: int, name: str, op: ReduceOp) -> np.ndarray:
-    parts = np.stack(
-        [content(rank, count, dtype_named(name).storage).astype(np.float64) for rank in range(size)]
-    )
+    parts = np.stack([content(rank, count, dtype_named(name).storage).astype(np.float64) for rank in range(size)])
     combined = {
         ReduceOp.SUM: parts.sum(0),
         ReduceOp.AVERAGE: parts.sum(0) / size,
@@ -109,10 +107,7 @@ def test_all_ranks_get_the_same_bits_in_every_run(size: int, ranks_per_node: int
             results.append(array.tobytes())
         return results
 
-    assert (
-        len({result for results in run_ranks(size, run, ranks_per_node=ranks_per_node) for result in results})
-        == 1
-    )
+    assert len({result for results in run_ranks(size, run, ranks_per_node=ranks_per_node) for result in results}) == 1
 
 
 def test_half_precision_sums_round_as_float32_does() -> None:

@@ -30,9 +30,7 @@ def prepare(collective, rank, size, root, counts):
     """Return the chunks of `rank` at the start and at the end; None where the end is undefined."""
     numbers = range(len(counts))
     own = [chunk_values(rank, chunk, count) for chunk, count in enumerate(counts)]
-    sums = [
-        sum(chunk_values(each, chunk, count) for each in range(size)) for chunk, count in enumerate(counts)
-    ]
+    sums = [sum(chunk_values(each, chunk, count) for each in range(size)) for chunk, count in enumerate(counts)]
     of_root = [chunk_values(root, chunk, count) for chunk, count in enumerate(counts)]
     of_each = [chunk_values(chunk, chunk, count) for chunk, count in enumerate(counts)]
     lost = [np.full(count, LOST) for count in counts]
@@ -73,9 +71,7 @@ def run_collective(collective, name, size, root, num_segments, draw_count, segme
         elif collective == "alltoall":
             sent = [chunk_values(rank, dest, matrix[rank][dest]) for dest in range(size)]
             received = [chunk_values(source, rank, matrix[source][rank]) for source in range(size)]
-            target = [
-                part if source == rank else np.full_like(part, LOST) for source, part in enumerate(received)
-            ]
+            target = [part if source == rank else np.full_like(part, LOST) for source, part in enumerate(received)]
             arrays = [concatenated(sent), concatenated(target)]
             layout = Layout.packed(matrix[rank], [matrix[source][rank] for source in range(size)])
             expected = [*sent, *received]
@@ -83,9 +79,7 @@ def run_collective(collective, name, size, root, num_segments, draw_count, segme
             start, expected = prepare(collective, rank, size, root, counts)
             arrays = [concatenated(start)]
             layout = Layout.packed(counts)
-        program = compile_program(
-            algorithm, rank, size, layout, segment_count, root=root, num_segments=num_segments
-        )
+        program = compile_program(algorithm, rank, size, layout, segment_count, root=root, num_segments=num_segments)
         ends.append((rank, arrays, layout, expected))
         tasks.append(
             execute(
@@ -156,11 +150,7 @@ def made_of(*rounds_by_rank):
 
 def exchange_of_all_with_all(rank, size):
     others = [(rank + distance) % size for distance in range(1, size)]
-    return (
-        Round(
-            tuple(Send(peer, 0, 2) for peer in others), tuple(Receive(peer, 0, 2, True) for peer in others)
-        ),
-    )
+    return (Round(tuple(Send(peer, 0, 2) for peer in others), tuple(Receive(peer, 0, 2, True) for peer in others)),)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -300,9 +290,7 @@ def test_properties_of_a_program():
 def test_touched_chunks_are_those_of_the_subtree(collective, size):
     for name in ALGORITHMS[collective]:
         for root in range(size):
-            touched = [
-                touched_chunks(find_algorithm(collective, name), rank, size, root) for rank in range(size)
-            ]
+            touched = [touched_chunks(find_algorithm(collective, name), rank, size, root) for rank in range(size)]
             if size > 1:
                 # The root moves the chunks of all others; its own stays where it is.
                 assert touched[root] | {root} == set(range(size))

@@ -2,39 +2,23 @@ from __future__ import annotations
 
 import pytest
 
-from mpitrain.collectives import selection
-from mpitrain.collectives.selection import Available, choose_algorithm, choose_num_segments, known_algorithms
+from mpitrain.collectives.selection import Available, check_algorithm, choose_num_segments, known_algorithms
 from mpitrain.schedules import ALGORITHMS
 
-SIZES = [0, 1, 1000, 64 << 10, (64 << 10) + 1, 256 << 10, 1 << 20, (1 << 20) + 1, 1 << 30]
-
 
 @pytest.mark.parametrize("collective", ALGORITHMS)
-@pytest.mark.parametrize("nbytes", SIZES)
-def test_choice_is_always_one_of_the_known(collective, nbytes):
-    for has_native in (True, False):
-        name = choose_algorithm(collective, "auto", nbytes, Available(has_native))
-        assert name in known_algorithms(collective, Available(has_native))
-        assert name != "auto"
-        if not has_native:
-            assert name in ALGORITHMS[collective]
+def test_what_is_known_depends_on_what_there_is(collective):
+    schedules = ["auto", *ALGORITHMS[collective]]
+    assert known_algorithms(collective, Available(has_native=False)) == schedules
+    assert set(known_algorithms(collective, Available())) == {*schedules, "native"}
+    with_shared = set(known_algorithms(collective, Available(shared="direct")))
+    assert ("direct" in with_shared) == (collective == "allreduce")
 
 
-@pytest.mark.parametrize("collective", ALGORITHMS)
-def test_named_algorithm_is_taken_at_any_size(collective):
-    for name in ALGORITHMS[collective]:
-        assert {choose_algorithm(collective, name, nbytes, Available()) for nbytes in SIZES} == {name}
-
-
-def test_small_buffers_are_for_the_mpi_library():
-    assert choose_algorithm("allreduce", "auto", 1000, Available()) == selection.NATIVE
-    assert choose_algorithm("allreduce", "auto", 1 << 30, Available()) == "ring"
-
-
-@pytest.mark.parametrize("name", ["native", "bogus", "", "Ring"])
+@pytest.mark.parametrize("name", ["native", "bogus", "", "Ring", "direct"])
 def test_unknown_algorithm_is_refused_with_the_list(name):
     with pytest.raises(ValueError, match=r"algorithm of allreduce: unknown, got .*; use one of auto, ring"):
-        choose_algorithm("allreduce", name, 10, Available(has_native=False))
+        check_algorithm("allreduce", name, Available(has_native=False))
 
 
 @pytest.mark.parametrize(

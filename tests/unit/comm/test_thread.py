@@ -173,9 +173,7 @@ def test_nodes_are_pretended():
     leaders = run_ranks(5, lambda transport: transport.node_leader(), ranks_per_node=2)
     assert leaders == [0, 0, 2, 2, 4]
     # Among the odd ranks 1, 3, 5 each is on a node of its own.
-    parts = run_ranks(
-        6, lambda transport: transport.split(transport.rank % 2, 0).node_leader(), ranks_per_node=2
-    )
+    parts = run_ranks(6, lambda transport: transport.split(transport.rank % 2, 0).node_leader(), ranks_per_node=2)
     assert parts == [0, 0, 1, 1, 2, 2]
 
 

@@ -17,9 +17,7 @@ def test_equal_nodes(size, ranks_per_node):
         assert topology.rank == rank
         assert topology.is_homogeneous
         assert topology.node_index == rank // per_node
-        assert topology.local_ranks == tuple(
-            range(rank // per_node * per_node, (rank // per_node + 1) * per_node)
-        )
+        assert topology.local_ranks == tuple(range(rank // per_node * per_node, (rank // per_node + 1) * per_node))
         assert (topology.local_rank, topology.local_size) == (rank % per_node, per_node)
         assert topology.cross_ranks == tuple(range(rank % per_node, size, per_node))
         assert (topology.cross_rank, topology.cross_size) == (rank // per_node, size // per_node)
@@ -57,7 +55,5 @@ def test_cores_that_ranks_are_bound_to_add_up(monkeypatch):
     import threading
 
     # Each rank is bound to a core of its own.
-    monkeypatch.setattr(
-        topology_module, "_usable_cores", lambda: {int(threading.current_thread().name.split()[1])}
-    )
+    monkeypatch.setattr(topology_module, "_usable_cores", lambda: {int(threading.current_thread().name.split()[1])})
     assert [topology.cores_per_rank for topology in discover(4, None)] == [1.0] * 4

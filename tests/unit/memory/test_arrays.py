@@ -20,9 +20,7 @@ SHAPES = [(), (1,), (7,), (0,), (3, 0, 2), (2, 3, 4), (1, 5, 1)]
 def patterned(name, shape):
     """Values that differ from element to element, in any NumPy dtype."""
     count = int(np.prod(shape, dtype=int))
-    return (
-        (np.arange(count) % 2 == 1 if name == "bool" else np.arange(1, count + 1)).astype(name).reshape(shape)
-    )
+    return (np.arange(count) % 2 == 1 if name == "bool" else np.arange(1, count + 1)).astype(name).reshape(shape)
 
 
 def tensor_of(name, shape):
@@ -127,9 +125,7 @@ def test_view_keeps_the_array_alive():
     ids=str,
 )
 def test_view_refuses_non_contiguous(array, strides):
-    with pytest.raises(
-        ValueError, match=r"^grad: must be contiguous, got strides .*; pass a contiguous copy$"
-    ) as info:
+    with pytest.raises(ValueError, match=r"^grad: must be contiguous, got strides .*; pass a contiguous copy$") as info:
         flat_view(array, name="grad")
     assert f"strides {strides};" in str(info.value)
 
@@ -148,9 +144,7 @@ def test_read_only_is_refused_only_where_it_is_written():
     array.flags.writeable = False
     assert flat_view(array).data.tolist() == [0, 1, 2]
     assert not flat_view(array).data.flags.writeable
-    with pytest.raises(
-        ValueError, match=r"^out: must be writable, got a read-only array; pass a writable copy$"
-    ):
+    with pytest.raises(ValueError, match=r"^out: must be writable, got a read-only array; pass a writable copy$"):
         flat_view(array, name="out", writable=True)
 
 
@@ -185,18 +179,14 @@ def test_ndarray_subclasses(tmp_path):
     assert type(copy_of(mapped)) is np.ndarray
     masked = np.ma.masked_array([1.0, 2.0], mask=[True, False])
     for function in (flat_view, copy_of):
-        with pytest.raises(
-            TypeError, match=r"^array: has a mask that .*, got numpy\.ma\..*; pass array\.filled\(\)$"
-        ):
+        with pytest.raises(TypeError, match=r"^array: has a mask that .*, got numpy\.ma\..*; pass array\.filled\(\)$"):
             function(masked)
 
 
 @pytest.mark.parametrize("value", [[1.0, 2.0], 3.0, "abc", b"abc", bytearray(3), None, range(3)], ids=repr)
 @pytest.mark.parametrize("function", [flat_view, copy_of, lambda array: allocate_like(array, 1)])
 def test_what_is_no_array_is_refused(function, value):
-    with pytest.raises(
-        TypeError, match=r"^array: must be an array in memory, got builtins\..*; pass a numpy.ndarray"
-    ):
+    with pytest.raises(TypeError, match=r"^array: must be an array in memory, got builtins\..*; pass a numpy.ndarray"):
         function(value)
 
 
@@ -214,9 +204,7 @@ def test_unsupported_dtype_is_refused(array):
 def test_unsupported_tensor_dtype_is_refused():
     tensor = torch.ones(2).to(torch.float8_e4m3fn)
     for function in (flat_view, copy_of, lambda array: allocate_like(array, 1)):
-        with pytest.raises(
-            TypeError, match=r"^array: unsupported dtype, got torch.float8_e4m3fn; use one of bool"
-        ):
+        with pytest.raises(TypeError, match=r"^array: unsupported dtype, got torch.float8_e4m3fn; use one of bool"):
             function(tensor)
 
 
@@ -285,9 +273,7 @@ def test_allocate_like_takes_a_count_and_non_contiguous_arrays():
     assert not new.requires_grad
 
 
-@given(
-    hnp.arrays(st.sampled_from(HOST_DTYPES), hnp.array_shapes(min_dims=0, max_dims=3, min_side=0)), st.data()
-)
+@given(hnp.arrays(st.sampled_from(HOST_DTYPES), hnp.array_shapes(min_dims=0, max_dims=3, min_side=0)), st.data())
 def test_copy_of_numpy_is_contiguous_and_equal(array, data):
     view = array.transpose(data.draw(st.permutations(range(array.ndim))))
     new = copy_of(view)

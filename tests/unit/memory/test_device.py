@@ -94,9 +94,7 @@ def test_interface_on_the_instance_is_seen(cupy):
 
 
 def test_view_refuses_what_it_refuses_on_the_host(cupy):
-    with pytest.raises(
-        ValueError, match=r"^grad: must be contiguous, got strides \(16,\); pass a contiguous copy"
-    ):
+    with pytest.raises(ValueError, match=r"^grad: must be contiguous, got strides \(16,\); pass a contiguous copy"):
         flat_view(FakeDeviceArray(np.ones(4)[::2]), name="grad")
     with pytest.raises(TypeError, match=r"^grad: unsupported dtype, got dtype.'>f4'.*; use one of"):
         flat_view(FakeDeviceArray(np.ones(4, ">f4")), name="grad")
@@ -143,12 +141,8 @@ def test_synchronize_of_host_arrays_needs_no_cupy(monkeypatch):
     device.synchronize(np.ones(3))
 
 
-@pytest.mark.parametrize(
-    "function", [flat_view, copy_of, lambda array: allocate_like(array, 2), device.synchronize]
-)
+@pytest.mark.parametrize("function", [flat_view, copy_of, lambda array: allocate_like(array, 2), device.synchronize])
 def test_missing_cupy_is_reported_with_the_remedy(monkeypatch, function):
     monkeypatch.setitem(sys.modules, "cupy", None)
-    with pytest.raises(
-        UnavailableError, match=r"^array: device arrays need CuPy, got .*; install cupy-cuda12x"
-    ):
+    with pytest.raises(UnavailableError, match=r"^array: device arrays need CuPy, got .*; install cupy-cuda12x"):
         function(FakeDeviceArray(np.ones(3)))

@@ -26,9 +26,7 @@ def test_description_agrees_with_torch(name):
     torch = pytest.importorskip("torch")
     torch_dtype = getattr(torch, name)
     dtype = dtype_of_torch(torch_dtype)
-    assert (
-        dtype is dtype_of_torch(torch_dtype) is as_dtype(torch_dtype) is dtype_named(name) is as_dtype(name)
-    )
+    assert dtype is dtype_of_torch(torch_dtype) is as_dtype(torch_dtype) is dtype_named(name) is as_dtype(name)
     assert dtype.itemsize == torch.empty(0, dtype=torch_dtype).element_size() == dtype.storage.itemsize
     assert (dtype.kind == "complex") == torch_dtype.is_complex
     assert (dtype.kind == "float") == torch_dtype.is_floating_point
@@ -84,9 +82,7 @@ def test_dtype_is_frozen():
     ],
 )
 def test_unsupported_dtype_lists_the_supported(value):
-    with pytest.raises(
-        TypeError, match=r"^grad: unsupported dtype, got .*; use one of bool, int8, .*bfloat16.*"
-    ):
+    with pytest.raises(TypeError, match=r"^grad: unsupported dtype, got .*; use one of bool, int8, .*bfloat16.*"):
         as_dtype(value, subject="grad")
 
 

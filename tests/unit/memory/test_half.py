@@ -186,9 +186,7 @@ def test_infinities(name, backend):
     inf = {"float16": 0x7C00, "bfloat16": 0x7F80}[name]
     largest = inf - 1
     data = storage([inf, inf, largest, largest | 0x8000, 0x8000 | inf], name)
-    reduce_into(
-        data, storage([inf, inf | 0x8000, largest, largest | 0x8000, 1], name), ReduceOp.SUM, DTYPES[name]
-    )
+    reduce_into(data, storage([inf, inf | 0x8000, largest, largest | 0x8000, 1], name), ReduceOp.SUM, DTYPES[name])
     assert repr(values(data, name).tolist()) == "[inf, nan, inf, -inf, -inf]"
 
 
@@ -208,9 +206,7 @@ def test_scale_rounds_a_float32_product(name, factor, backend):
     with np.errstate(invalid="ignore"):
         assert same_numbers(found[~finite], numbers[~finite] * float(factor32))
     sample = np.flatnonzero(finite)[::37]
-    assert same_numbers(
-        found[sample], [expected_number(Fraction(numbers[i]) * factor32, name) for i in sample]
-    )
+    assert same_numbers(found[sample], [expected_number(Fraction(numbers[i]) * factor32, name) for i in sample])
 
 
 @pytest.mark.parametrize("divisor", [1, 2, 3, 7, 48, 1000, 1 << 20])
@@ -223,9 +219,7 @@ def test_average_rounds_a_float32_quotient(name, divisor, backend):
     finite = np.isfinite(numbers)
     assert same_numbers(found[~finite], numbers[~finite])
     sample = np.flatnonzero(finite)[::37]
-    assert same_numbers(
-        found[sample], [expected_number(Fraction(numbers[i]) / divisor, name) for i in sample]
-    )
+    assert same_numbers(found[sample], [expected_number(Fraction(numbers[i]) / divisor, name) for i in sample])
 
 
 @pytest.mark.parametrize("name", NAMES)

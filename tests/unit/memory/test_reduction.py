@@ -103,9 +103,7 @@ def test_reduce_refuses_arrays_that_do_not_fit(name):
     data = np.ones(4, dtype.storage)
     other = np.ones(4, np.int8 if dtype.storage != np.int8 else np.int16)
     # NumPy would broadcast the first and cast the others.
-    with pytest.raises(
-        ValueError, match=r"^operand: must have the shape of the accumulator \(4,\), got \(1,\); "
-    ):
+    with pytest.raises(ValueError, match=r"^operand: must have the shape of the accumulator \(4,\), got \(1,\); "):
         reduce_into(data, data[:1], ReduceOp.SUM, dtype)
     with pytest.raises(TypeError, match=f"^operand: must be stored as {dtype.storage}, got {other.dtype}; "):
         reduce_into(data, other, ReduceOp.SUM, dtype)
@@ -148,10 +146,7 @@ def test_floats_are_rounded_once(name, op, count):
     left, right = reals(name, count, 1), reals(name, count, 2)
     before = right.copy()
     # A float32 sum or product, rounded to float64 first, still rounds to the right float32.
-    expected = [
-        float(PYTHON[op](Fraction(a), Fraction(b)))
-        for a, b in zip(left.tolist(), right.tolist(), strict=True)
-    ]
+    expected = [float(PYTHON[op](Fraction(a), Fraction(b))) for a, b in zip(left.tolist(), right.tolist(), strict=True)]
     reduce_into(left, right, op, DTYPES[name])
     assert left.tolist() == np.array(expected, np.float64).astype(name).tolist()
     assert np.array_equal(right, before)
@@ -205,9 +200,7 @@ def test_operand_may_be_the_accumulator_and_read_only(name):
     assert data.tolist() == [two] * 5
 
 
-@pytest.mark.parametrize(
-    "divisor", [1, 2, 3, 7, 127, 128, 255, 256, 65536, 2**31, 2**63 - 1, 2**63, 2**64, 10**30]
-)
+@pytest.mark.parametrize("divisor", [1, 2, 3, 7, 127, 128, 255, 256, 65536, 2**31, 2**63 - 1, 2**63, 2**64, 10**30])
 @pytest.mark.parametrize("name", INTEGERS)
 def test_integer_average_truncates_toward_zero_exactly(name, divisor):
     for count in (0, 1, 1000):

@@ -60,9 +60,7 @@ def test_release_takes_any_view_of_the_block():
 def test_release_twice_or_of_a_stranger_is_refused():
     pool, other = ScratchPool(), ScratchPool()
     array = pool.acquire(10)
-    with pytest.raises(
-        ValueError, match=r"^array: is not on loan from this pool, got one of 10 bytes; release what"
-    ):
+    with pytest.raises(ValueError, match=r"^array: is not on loan from this pool, got one of 10 bytes; release what"):
         other.release(array)
     pool.release(array)
     for stranger in (array, np.empty(10, np.uint8), np.empty(10, np.uint8)[:5]):

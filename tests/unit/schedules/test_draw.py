@@ -31,13 +31,10 @@ def test_table_can_be_read_back(algorithm: Algorithm, size: int) -> None:
             current = ranks[rank][round_index]
             found = re.findall(r"(->|<-)(\d+)(?: (\+?)\[(\d+):(\d+)\])?", cell)
             numbers = [
-                (way, int(peer), sign, int(start or 0), int(stop or 0))
-                for way, peer, sign, start, stop in found
+                (way, int(peer), sign, int(start or 0), int(stop or 0)) for way, peer, sign, start, stop in found
             ]
             expected = [("->", *send[:1], "", *send[1:]) for send in current.sends]
-            expected += [
-                ("<-", each.peer, "+" * each.reduce, each.start, each.stop) for each in current.receives
-            ]
+            expected += [("<-", each.peer, "+" * each.reduce, each.start, each.stop) for each in current.receives]
             assert numbers == expected
 
 
@@ -46,9 +43,7 @@ def test_table_can_be_read_back(algorithm: Algorithm, size: int) -> None:
 def test_picture_has_an_arrow_and_a_label_per_message(algorithm: Algorithm, size: int) -> None:
     root = ET.fromstring(draw_svg(algorithm, size, root=size - 1, num_segments=3))
     assert root.tag == f"{NS}svg"
-    receives = [
-        each for rank in rounds_by_rank(algorithm, size) for current in rank for each in current.receives
-    ]
+    receives = [each for rank in rounds_by_rank(algorithm, size) for current in rank for each in current.receives]
     kinds = Counter(
         "signal" if each.start == each.stop else "reduce" if each.reduce else "replace" for each in receives
     )

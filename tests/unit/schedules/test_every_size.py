@@ -51,8 +51,7 @@ OF_FEW_CHUNKS = [each for each in IN_FEW_ROUNDS if each.num_chunks(1000, 1) <= 2
 
 @pytest.mark.parametrize(
     ("algorithm", "size"),
-    [(each, size) for each in IN_FEW_ROUNDS for size in (255, 256, 257)]
-    + [(each, 1000) for each in OF_FEW_CHUNKS],
+    [(each, size) for each in IN_FEW_ROUNDS for size in (255, 256, 257)] + [(each, 1000) for each in OF_FEW_CHUNKS],
     ids=lambda each: each.qualified_name if isinstance(each, Algorithm) else None,
 )
 def test_proof_holds_for_many_ranks(algorithm: Algorithm, size: int) -> None:

@@ -55,9 +55,7 @@ def test_messages_of_a_round_share_the_port() -> None:
     # In the only full round a rank sends one half up one tree and one half down the other.
     priced = price(DOUBLE_TREE, 80, 2, FLAT, num_segments=1)
     assert priced.transfer_s == pytest.approx(2 * 40 / 4)
-    assert price(DOUBLE_TREE, 80, 2, FLAT, num_segments=4).transfer_s == pytest.approx(
-        (1 + 2 + 2 + 2 + 1) * 10 / 4
-    )
+    assert price(DOUBLE_TREE, 80, 2, FLAT, num_segments=4).transfer_s == pytest.approx((1 + 2 + 2 + 2 + 1) * 10 / 4)
 
 
 def test_alltoall_counts_the_send_buffer() -> None:
@@ -95,9 +93,7 @@ def test_incoming_messages_share_the_link_of_the_receiver() -> None:
         else:
             yield Round(sends=(Send(root, rank, rank + 1),))
 
-    network = Network(
-        latency_s=1, bandwidth_bytes_per_s=40, ranks_per_node=1, internode_bandwidth_bytes_per_s=10
-    )
+    network = Network(latency_s=1, bandwidth_bytes_per_s=40, ranks_per_node=1, internode_bandwidth_bytes_per_s=10)
     priced = price(replace(find_algorithm("gather", "binomial"), schedule=star), 80, 4, network)
     assert priced.transfer_s == pytest.approx(3 * 20 / 10)
 

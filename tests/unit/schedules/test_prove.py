@@ -123,9 +123,7 @@ def test_cycle_of_blocking_sends_is_found() -> None:
         ]
         for rank in range(3)
     ]
-    with pytest.raises(
-        ProofError, match=r"deadlock: rank 0, round 0, peer 1: .* rank 1, round 0, peer 2: .* rank 2"
-    ):
+    with pytest.raises(ProofError, match=r"deadlock: rank 0, round 0, peer 1: .* rank 1, round 0, peer 2: .* rank 2"):
         prove(made_of(gather, cyclic), 3)
 
 
@@ -144,9 +142,7 @@ def test_one_round_more_on_one_rank_is_found() -> None:
         if rank == 2:
             yield Round()
 
-    with pytest.raises(
-        ProofError, match="rank 2: ranks differ in their number of rounds, got 7; rank 0 has 6"
-    ):
+    with pytest.raises(ProofError, match="rank 2: ranks differ in their number of rounds, got 7; rank 0 has 6"):
         prove(replace(RING, schedule=longer), 4)
 
 
@@ -196,9 +192,7 @@ def test_undefined_chunk_sent_is_found() -> None:
     def early(rank: int, size: int) -> Iterator[Round]:
         yield from reversed(list(find_algorithm("broadcast", "binomial").schedule(rank, size, 0)))
 
-    broken = replace(
-        find_algorithm("broadcast", "binomial"), schedule=lambda rank, size, _: early(rank, size)
-    )
+    broken = replace(find_algorithm("broadcast", "binomial"), schedule=lambda rank, size, _: early(rank, size))
     with pytest.raises(ProofError, match=r"rank 2, round 0, peer 3, chunk 0: an undefined chunk is sent"):
         prove(broken, 4)
 
@@ -237,9 +231,7 @@ def test_barrier_that_some_leave_early_is_found() -> None:
     def shorter(rank: int, size: int) -> Iterator[Round]:
         yield from list(find_algorithm("barrier", "dissemination").schedule(rank, size))[:-1]
 
-    with pytest.raises(
-        ProofError, match="rank 0, at the end, chunk 0: wrong content, got 0x1d; it must be 0x1f"
-    ):
+    with pytest.raises(ProofError, match="rank 0, at the end, chunk 0: wrong content, got 0x1d; it must be 0x1f"):
         prove(replace(find_algorithm("barrier", "dissemination"), schedule=shorter), 5)
 
 

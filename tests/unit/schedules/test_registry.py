@@ -22,9 +22,7 @@ by_name = pytest.mark.parametrize("algorithm", ALL, ids=NAMES)
 def test_files_and_registry_are_the_same_set() -> None:
     prefixes = tuple(f"{collective}_" for collective in ALGORITHMS)
     files = {
-        module.name
-        for module in pkgutil.iter_modules(mpitrain.schedules.__path__)
-        if module.name.startswith(prefixes)
+        module.name for module in pkgutil.iter_modules(mpitrain.schedules.__path__) if module.name.startswith(prefixes)
     }
     assert files == set(NAMES)
 
@@ -121,8 +119,7 @@ def loads_by_distance(current: Round, rank: int, size: int) -> tuple[Counter[obj
 @pytest.mark.parametrize("size", [2, 3, 6, 8, 13])
 def test_is_symmetric_means_that_all_ranks_do_the_same(algorithm: Algorithm, size: int) -> None:
     ranks = [
-        [loads_by_distance(current, rank, size) for current in algorithm.rounds_of(rank, size)]
-        for rank in range(size)
+        [loads_by_distance(current, rank, size) for current in algorithm.rounds_of(rank, size)] for rank in range(size)
     ]
     if algorithm.is_symmetric:
         assert all(loads == ranks[0] for loads in ranks)

@@ -19,9 +19,7 @@ def run(
 ) -> None:
     """Run all ranks in lockstep on `buffers[rank][chunk]`, in place."""
     size = len(buffers)
-    ranks = [
-        list(algorithm.rounds_of(rank, size, root=root, num_segments=num_segments)) for rank in range(size)
-    ]
+    ranks = [list(algorithm.rounds_of(rank, size, root=root, num_segments=num_segments)) for rank in range(size)]
     for rounds in zip(*ranks, strict=True):
         in_flight: dict[tuple[int, int], list[list[Any]]] = {}
         for rank, current in enumerate(rounds):
