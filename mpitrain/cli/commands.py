@@ -23,7 +23,7 @@ __all__ = ["run"]
 _FAILED = 2
 _INTERRUPTED = 130
 _MINUTES = 3.0
-_QUICK_MINUTES = 0.5
+_QUICK_MINUTES = 1.0
 # The first process that ends with an error takes the others with it; rank 0 has to have spoken by then.
 _PATIENCE_S = 1.0
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -56,7 +56,7 @@ def commands() -> None:
     show_default=True,
     help="Largest buffer.",
 )
-@click.option("--quick", is_flag=True, help="Fewer sizes and repetitions; half a minute instead of three.")
+@click.option("--quick", is_flag=True, help="Fewer sizes and repetitions; one minute instead of three.")
 @click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="About how long to measure.")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Store the table in this file.")
 @click.option("--times", is_flag=True, help="Print all measured times, too.")

@@ -58,7 +58,7 @@ def make_console() -> rich.console.Console:
 
 @contextlib.contextmanager
 def progress(
-    console: rich.console.Console, keys: Sequence[Key], sizes: Sequence[int]
+    console: rich.console.Console, keys: Sequence[Key], items_per_key: int
 ) -> Iterator[Callable[[Key, int], None]]:
     """Show how far the measurements are: a bar on a terminal, else a line for each combination.
 
@@ -90,12 +90,12 @@ def progress(
         # A thread that draws would take a core from the ranks.
         auto_refresh=False,
     ) as bar:
-        task = bar.add_task("", total=len(keys) * len(sizes))
+        task = bar.add_task("", total=len(keys) * items_per_key)
 
         def move_bar(key: Key, nbytes: int) -> None:
-            done = keys.index(key) * len(sizes) + sizes.index(nbytes)
             text = f"{key.collective}, {describe(key)}, {format_nbytes(nbytes)}"
-            bar.update(task, description=f"{text:45}", completed=done, refresh=True)
+            bar.update(task, description=f"{text:45}", refresh=True)
+            bar.advance(task)
 
         yield move_bar
 

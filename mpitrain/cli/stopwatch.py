@@ -25,6 +25,7 @@ _MOST_REPEATS = 50
 # How long the caller looks away from an operation in the background. A thread that looked all the time would
 # take the interpreter from the one that does the work.
 _AWAY_S = 20e-6
+_MOST_OVERTIME = 2
 _ITEM_NBYTES = 4
 
 
@@ -78,7 +79,7 @@ def interleaved_times(
         comm: Of the ranks; every one must call.
         run: Runs one algorithm once.
         algorithms: Their names.
-        limit_s: No further round is begun after so long.
+        limit_s: No further round is begun after so long, or after twice as long if they are too few.
         rounds: The smallest and the largest number of rounds.
     """
     began_s = time.perf_counter()
@@ -90,7 +91,9 @@ def interleaved_times(
     }
     least, most = rounds
     measured: list[Mapping[str, float]] = []
-    while len(measured) < most and (len(measured) < least or elapsed_s < limit_s):
+    while len(measured) < most and (
+        elapsed_s < limit_s or not measured or (len(measured) < least and elapsed_s < _MOST_OVERTIME * limit_s)
+    ):
         times_s, elapsed_s = _agree(comm, _time_all(comm, run, repeats), began_s)
         measured.append(times_s)
     medians_s = {name: statistics.median(times_s[name] for times_s in measured) for name in algorithms}

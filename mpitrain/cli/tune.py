@@ -24,10 +24,11 @@ from mpitrain.config import Settings
 
 __all__ = ["Request", "tune_job"]
 
-_THOROUGH = Effort(factor=2, rounds=(5, 25))
-_QUICK = Effort(factor=8, rounds=(5, 9))
-# Half of the times differ by more than this from what is printed.
+_THOROUGH = Effort(factor=2, passes=3, rounds=(2, 9))
+_QUICK = Effort(factor=8, passes=2, rounds=(2, 7))
+# Half of the times differ by more than this from others of the same: worth a warning, and worth nothing at all.
 _NOISY = 0.1
+_TOO_NOISY = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +65,15 @@ def tune_job(request: Request, settings: Settings) -> None:
             console.print(table_of_times(key, rows))
     title = f"{Shape.of(comm.topology)} ranks on {machine}"
     console.print(table_of_choices(title, measurements, choices))
+    noise = statistics.median(each.noise for rows in measurements.values() for each in rows)
+    if noise > _NOISY:
+        console.print(f"times vary by {noise:.0%} from one round or pass to another; best tune an idle machine")
+    if noise > _TOO_NOISY and request.output is None and not request.dry_run:
+        raise JobError(
+            f"times: too unsteady to be stored, vary by {noise:.0%}; tune again when the machine is idle, or name a "
+            "file with --output",
+            is_speaker=comm.rank == 0,
+        )
     if not request.dry_run:
         _on_rank_0(comm, lambda: _store(machine, choices, path))
         console.print(f"stored in {path}", soft_wrap=True, highlight=False)
@@ -75,7 +85,12 @@ def _measure(comm: Communicator, request: Request, console: rich.console.Console
     sizes = sizes_up_to(request.max_nbytes, effort.factor)
     keys = keys_of(comm, request.collectives)
     measurements: dict[Key, list[Measurement]] = {}
-    with progress(console, keys, sizes) if comm.rank == 0 else contextlib.nullcontext(_ignore) as on_item:
+    with (
+        progress(console, keys, len(sizes) * effort.passes)
+        if comm.rank == 0
+        else contextlib.nullcontext(_ignore) as on_item
+        text = f"times vary by {noise:.0%} from one round or pass to another; tune again when the machine is idle"
+        console.print(text)
         for each in measure(comm, keys, sizes, effort, limit_s=request.minutes * 60, on_item=on_item):
             measurements.setdefault(each.key, []).append(each)
     missing = len(keys) * len(sizes) - sum(map(len, measurements.values()))
@@ -83,9 +98,6 @@ def _measure(comm: Communicator, request: Request, console: rich.console.Console
         console.print(
             f"{missing} of {len(keys) * len(sizes)} measurements left out; allow more --minutes, or more shared memory"
         )
-    noise = statistics.median(each.noise for rows in measurements.values() for each in rows)
-    if noise > _NOISY:
-        console.print(f"times vary by {noise:.0%} from round to round; tune again when the machine is idle")
     return measurements
 
 

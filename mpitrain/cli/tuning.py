@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from mpitrain.cli.stopwatch import interleaved_times, operation
+from mpitrain.cli.stopwatch import Times, interleaved_times, operation
 from mpitrain.collectives import Communicator
 from mpitrain.collectives.table import Key, Shape, Steps
 
@@ -35,10 +35,12 @@ class Effort:
 
     Attributes:
         factor: From one size to the next.
-        rounds: The smallest and the largest number of rounds at each size.
+        passes: How often all sizes are measured; what disturbs the machine for a while does not do so in all passes.
+        rounds: The smallest and the largest number of rounds at each size and in each pass.
     """
 
     factor: int
+    passes: int
     rounds: tuple[int, int]
 
 
@@ -49,8 +51,8 @@ class Measurement:
     Attributes:
         key: The combination.
         nbytes: The size.
-        times_s: By algorithm; one that was hopeless before is missing.
-        noise: By how much of it a time typically differs from round to round.
+        times_s: By algorithm, of its best pass; one that was hopeless before is missing.
+        noise: By how much of it a time typically differs from round to round or from pass to pass, if that is more.
     """
 
     key: Key
@@ -81,7 +83,7 @@ def keys_of(comm: Communicator, collectives: Sequence[str]) -> list[Key]:
 def measure(
     comm: Communicator,
     keys: Sequence[Key],
-    sizes: Sequence[int],
+    sizes: list[int],
     effort: Effort,
     *,
     limit_s: float,
@@ -99,26 +101,58 @@ def measure(
         limit_s: About how long in all.
         on_item: Called before each measurement.
     """
-    costs = {nbytes: nbytes + _SIZE_COST_NBYTES for nbytes in sizes}
-    left_cost = sum(costs.values()) * len(keys)
-    left_s = limit_s
+    left = _Budget(limit_s, sizes * (len(keys) * effort.passes))
     for key in keys:
-        field = _Field([name for name in comm.known_algorithms(key.collective) if name != "auto"])
-        for nbytes in sizes:
-            if left_s <= 0:
-                return
-            on_item(key, nbytes)
-            share_s = left_s * costs[nbytes] / left_cost
-            left_cost -= costs[nbytes]
-            # Both at once would need more memory than either.
-            run = None
-            run = operation(comm, key, nbytes)
-            if run is None:
-                continue
-            times = interleaved_times(comm, run, field.algorithms, share_s, effort.rounds)
-            left_s -= times.elapsed_s
-            yield Measurement(key, nbytes, times.medians_s, times.noise)
-            field.drop_hopeless(nbytes, times.medians_s)
+        measured: dict[int, list[Times]] = {}
+        for _ in range(effort.passes):
+            field = _Field([name for name in comm.known_algorithms(key.collective) if name != "auto"])
+            for nbytes in sizes:
+                if left.is_spent:
+                    break
+                on_item(key, nbytes)
+                share_s = left.share_s(nbytes)
+                # The last one's memory is given back before this one's is taken.
+                run = None
+                run = operation(comm, key, nbytes)
+                if run is None:
+                    continue
+                times = interleaved_times(comm, run, list(field.algorithms), share_s, effort.rounds)
+                left.spend(times.elapsed_s)
+                measured.setdefault(nbytes, []).append(times)
+                field.drop_hopeless(nbytes, times.medians_s)
+        for nbytes, passes in measured.items():
+            yield _best_of(key, nbytes, passes)
+
+
+class _Budget:
+    """Divides the time among what is still to be measured."""
+
+    def __init__(self, limit_s: float, sizes: Sequence[int]) -> None:
+        self._left_s = limit_s
+        self._left_nbytes = sum(sizes) + _SIZE_COST_NBYTES * len(sizes)
+
+    @property
+    def is_spent(self) -> bool:
+        return self._left_s <= 0
+
+    def share_s(self, nbytes: int) -> float:
+        cost_nbytes = nbytes + _SIZE_COST_NBYTES
+        share_s = self._left_s * cost_nbytes / self._left_nbytes
+        self._left_nbytes -= cost_nbytes
+        return share_s
+
+    def spend(self, seconds: float) -> None:
+        self._left_s -= seconds
+
+
+def _best_of(key: Key, nbytes: int, passes: Sequence[Times]) -> Measurement:
+    by_name: dict[str, list[float]] = {}
+    for times in passes:
+        for name, seconds in times.medians_s.items():
+            by_name.setdefault(name, []).append(seconds)
+    spread = statistics.median(max(each) / min(each) - 1 for each in by_name.values())
+    within = statistics.median(times.noise for times in passes)
+    return Measurement(key, nbytes, {name: min(each) for name, each in by_name.items()}, max(spread, within))
 
 
 class _Field:

@@ -232,7 +232,8 @@ class Communicator(Collectives):
 
     def _checked(self, make_plan: Callable[..., Plan[Result]], *arguments: Any, **options: Any) -> Plan[Result]:
         plan = self._try(make_plan, arguments, options, blocking=True)
-        self._drive(self._call(Plan(plan.description, _nothing), blocking=True, check=True))
+        if self.settings.check:
+            self._drive(self._call(Plan(plan.description, _nothing), blocking=True, check=True))
         return plan
 
     def _try(
@@ -360,6 +361,7 @@ class PersistentPlan:
         self._comm = comm
         self._waited_for = waited_for
         self._in_background = in_background
+        self.description = waited_for.description
 
     def run(self) -> Any:
         """Run it to its end."""

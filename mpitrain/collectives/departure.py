@@ -58,7 +58,7 @@ class _ExitWatch:
                     _log.error("r%d/%d | aborts the job: this rank %s", comm.rank, comm.size, reason)
                     comm.transport.abort()
         for comm in communicators:
-            comm.engine.close()
+            comm.engine.abandon()
 
 
 _watch = _ExitWatch()

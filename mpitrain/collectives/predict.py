@@ -4,14 +4,19 @@ Schedules are priced on a `Network`. What is no schedule has a formula of the sa
 collectives, and the all-reduce in shared memory. Prices are made of what all ranks share, and of sums, products and
 quotients only, so every rank comes to the same result.
 
-The constants of one node were measured on 2 ranks of a virtual machine with 2 cores (Xeon with AVX-512, Open MPI
-5.0.11, Python 3.11), float32 sums in place, the fastest of many runs, in microseconds:
+The constants of one node were measured by `mpitrain tune --times` on 2 ranks of a virtual machine with 2 cores (Xeon
+with AVX-512, Open MPI 5.0.11, Python 3.11), float32 sums in place, medians in microseconds:
 
-    bytes    native   halving_doubling   ring   direct   direct in shared memory
-    8            10                 53     52       34                        24
-    64 KiB       24                 70     75       48                        28
-    1 MiB       171                228    238      203                        59
-    32 MiB    17300               4862   5755     6243                      2023
+    bytes    native   recursive_doubling   ring   direct   direct in shared memory
+    8            10                   40     55       36                        22
+    32 KiB       25                   69     74       42                        23
+    256 KiB      59                  144    121       69                        29
+    2 MiB       352                  519    464      415                       151
+    32 MiB    10500                 7053   5025     6230                      2214
+
+    the same in the background
+    8           123                  143    148      139                       153
+    2 MiB      2112                  794    765      797                       402
 
 Those between nodes are of a cluster with 10 Gbit/s links, and were not measured. What is compared is their
 ratio, which differs less between machines than they do themselves.
@@ -48,8 +53,8 @@ _STAGED_BYTES_PER_S = 14e9
 _COPIED_BYTES_PER_S = 9e9
 # How many times longer than the best schedule's a byte takes in an MPI library: in a node beyond its caches, between
 # nodes, where it was 1.1 to 2.1, and without a caller who waits, where it was 1.9 to 3.4 from 256 KiB.
-_NATIVE_LARGE_NBYTES = 4 << 20
-_NATIVE_LARGE_FACTOR = 1.7
+_NATIVE_LARGE_NBYTES = 8 << 20
+_NATIVE_LARGE_FACTOR = 2.0
 _NATIVE_CROSS_FACTOR = 1.4
 _NATIVE_BACKGROUND_FACTOR = 2.5
 

@@ -189,6 +189,12 @@ class ProgressEngine:
         if thread is not None and thread is not threading.current_thread():
             thread.join()
 
+    def abandon(self) -> None:
+        """Give up what is in flight, at the end of the process: its memory must outlive the interpreter."""
+        self.close()
+        for running in self._active:
+            running.task.close()
+
     def has_background_work(self) -> bool:
         """Whether operations are in flight that no waiting thread advances."""
         return bool(self._active) and not self._waiters

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -50,8 +51,6 @@ class MPITransport(Transport):
         self.native = NativeCollectives(self._data)
         self._outgoing: list[MPI.Request] = []
         self._outgoing_lock = threading.Lock()
-        # Requests of failed operations: MPI may still touch their buffers, so both are kept for good.
-        self._abandoned: list[Request] = []
 
     def isend(self, buffer: Bytes, dest: int, tag: int) -> Request:
         # No context manager here and below: it would cost as much as the call.
@@ -99,7 +98,8 @@ class MPITransport(Transport):
             if request.nbytes >= 0:
                 with contextlib.suppress(MPI.Exception):
                     request.mpi.Cancel()
-            self._abandoned.append(request)
+            # Never freed, not even with the interpreter: MPI's own end, which comes later, may complete the request.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(request))
 
     def notify(self, dest: int, notice: bytes) -> None:
         if MPI.Is_finalized():

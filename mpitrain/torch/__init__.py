@@ -16,25 +16,9 @@ except ImportError as error:
 
 from mpitrain.errors import CollectiveError as HorovodInternalError
 from mpitrain.torch.compression import Compression
-from mpitrain.torch.functions import (
-    allgather_object,
-    broadcast_object,
-    broadcast_optimizer_state,
-    broadcast_parameters,
-)
-from mpitrain.torch.handles import poll, synchronize
-from mpitrain.torch.operations import (
-    Average,
-    Max,
-    Min,
-    Product,
-    Sum,
+from mpitrain.torch.exchanges import (
     allgather,
     allgather_async,
-    allreduce,
-    allreduce_,
-    allreduce_async,
-    allreduce_async_,
     alltoall,
     alltoall_async,
     barrier,
@@ -42,6 +26,25 @@ from mpitrain.torch.operations import (
     broadcast_,
     broadcast_async,
     broadcast_async_,
+)
+from mpitrain.torch.functions import (
+    allgather_object,
+    broadcast_object,
+    broadcast_optimizer_state,
+    broadcast_parameters,
+)
+from mpitrain.torch.handles import poll, synchronize
+from mpitrain.torch.optimizer import DistributedOptimizer
+from mpitrain.torch.reductions import (
+    Average,
+    Max,
+    Min,
+    Product,
+    Sum,
+    allreduce,
+    allreduce_,
+    allreduce_async,
+    allreduce_async_,
     grouped_allreduce,
     grouped_allreduce_,
     grouped_allreduce_async,
@@ -49,7 +52,6 @@ from mpitrain.torch.operations import (
     reducescatter,
     reducescatter_async,
 )
-from mpitrain.torch.optimizer import DistributedOptimizer
 from mpitrain.torch.world import (
     ProcessSet,
     add_process_set,

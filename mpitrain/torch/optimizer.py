@@ -12,8 +12,8 @@ import torch
 
 from mpitrain.memory import ReduceOp, parse_op
 from mpitrain.torch.compression import Compression, Compressor
-from mpitrain.torch.operations import Average
 from mpitrain.torch.reducer import GradientReducer, Scaling
+from mpitrain.torch.reductions import Average
 from mpitrain.torch.world import ProcessSet, communicator, global_process_set, negotiator_of
 
 __all__ = ["DistributedOptimizer"]

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import Any
 
+import numpy as np
 import torch
 
 from mpitrain.collectives import Communicator, Handle, PersistentPlan
@@ -115,6 +116,7 @@ class GradientReducer:
         # Positions in the order of buckets, and those whose gradients have come in a pass that teaches it.
         self._order: list[int] = []
         self._arrivals: list[int] | None = []
+        self._asked: Handle[Any] | None = None
         self._buckets: list[_Bucket] = []
         self._memory: SharedArray | None = None
         self._next = 0
@@ -153,8 +155,11 @@ class GradientReducer:
             self._hand_out(bucket)
         self._next = 0
         self.reset()
-        if self._arrivals is not None:
-            self._learn_order()
+        # Asked in one step and answered by the next, so that no step waits for what another rank has not started.
+        if self._asked is not None:
+            self._learn_order(self._asked)
+        elif self._arrivals is not None:
+            self._ask_order(self._arrivals)
 
     def extend(self, parameters: Sequence[tuple[str, Tensor]]) -> None:
         """Take on those parameters that are new, and reduce the gradients that they have by now.
@@ -165,7 +170,9 @@ class GradientReducer:
         self._check_same(new)
         added = self._add(new)
         order = [*self._order, *reversed(added)]
-        self._arrivals = None
+        if self._asked is not None:
+            self._asked.wait()
+        self._asked = self._arrivals = None
         self._build(list(reversed(added)))
         self.synchronize()
         self._build(order)
@@ -322,12 +329,20 @@ class GradientReducer:
         bucket.missing = len(bucket.slots)
         bucket.handle = None
 
-    def _learn_order(self) -> None:
-        """Lay the buckets out anew in the order of rank 0's first backward pass, which all ranks agree on."""
-        arrivals = self._comm.broadcast_obj(self._arrivals)
-        if not arrivals:
-            return  # a step without a backward pass teaches nothing
+    def _ask_order(self, arrivals: list[int]) -> None:
+        """Start telling all ranks the order of rank 0's first backward pass."""
+        order = np.full(len(self._slots), -1, np.int64)
+        order[: len(arrivals)] = arrivals
+        self._asked = self._comm.broadcast_async_(order)
         self._arrivals = None
+
+    def _learn_order(self, asked: Handle[Any]) -> None:
+        """Lay the buckets out anew in the order that all ranks have been told."""
+        arrivals = [int(position) for position in asked.wait() if position >= 0]
+        self._asked = None
+        if not arrivals:
+            self._arrivals = []  # a step without a backward pass teaches nothing
+            return
         unused = set(self._order) - set(arrivals)
         self._build(arrivals + sorted(unused, reverse=True))
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from mpitrain.cli import tune as tune_module
 from mpitrain.cli.job import JobError, meet
 from mpitrain.cli.tune import Request, tune_job
+from mpitrain.cli.tuning import Effort
 from mpitrain.collectives import Communicator
 from mpitrain.collectives.choice import AlgorithmChoice
 from mpitrain.collectives.selection import Available, known_algorithms
@@ -41,8 +44,15 @@ def settings(comm: Communicator) -> Iterator[Settings]:
         comm.barrier()
 
 
+@pytest.fixture(autouse=True)
+def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Whoever runs the tests may do something else meanwhile.
+    monkeypatch.setattr(tune_module, "_TOO_NOISY", math.inf)
+    monkeypatch.setattr(tune_module, "_QUICK", Effort(factor=64, passes=1, rounds=(1, 1)))
+
+
 def tune(settings: Settings, output: Path | None = None, *, dry_run: bool = False) -> None:
-    tune_job(Request(COLLECTIVES, MAX_NBYTES, True, 0.1, output, False, dry_run), settings)
+    tune_job(Request(COLLECTIVES, MAX_NBYTES, True, 1.0, output, False, dry_run), settings)
 
 
 @pytest.mark.mpi(min_size=2)
@@ -66,7 +76,7 @@ def test_stored_table_is_found_again_and_all_ranks_choose_the_same(comm, setting
         for blocking in (True, False)
     ]
     assert comm.allgather_obj(chosen) == [chosen] * comm.size
-    assert all(name == measured or measured == "direct" for name, measured in chosen)
+    assert all(measured in (name, "direct") for name, measured in chosen)
     assert table.lookup("allreduce", MAX_NBYTES + 1, shape, blocking=True) is None
 
 
@@ -89,6 +99,17 @@ def test_dry_run_stores_nothing(comm, settings):
 
 
 @pytest.mark.mpi(min_size=2)
+def test_unsteady_times_are_stored_only_where_asked_for(comm, settings, monkeypatch):
+    monkeypatch.setattr(tune_module, "_TOO_NOISY", -1.0)
+    with pytest.raises(JobError, match="times: too unsteady to be stored"):
+        tune(settings)
+    assert load_table(comm.transport, settings) is None
+    tune(settings, dry_run=True)
+    tune(settings, table_path(Machine.here(comm.transport), settings))
+    assert load_table(comm.transport, settings) is not None
+
+
+@pytest.mark.mpi(min_size=2)
 def test_table_that_cannot_be_stored_is_an_error_on_all_ranks(comm, settings):
     with pytest.raises(JobError, match="table: cannot be stored") as caught:
         tune(settings, Path("/dev/null/table.json"))
@@ -108,7 +129,7 @@ def test_new_measurements_replace_a_corrupt_table(comm, settings):
     ("name", "content"),
     [
         ("{fingerprint}", "{"),
-        ("{fingerprint}", '{"format": %d}' % (FORMAT_VERSION + 1)),
+        ("{fingerprint}", f'{{"format": {FORMAT_VERSION + 1}}}'),
         ("{family}-0123456789ab", "{}"),
     ],
     ids=["corrupt", "other format", "other version"],

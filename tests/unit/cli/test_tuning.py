@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpitrain.cli import tuning
+from mpitrain.cli.stopwatch import Times
 from mpitrain.cli.tuning import COLLECTIVES, Effort, Measurement, keys_of, measure, sizes_up_to, steps_of
 from mpitrain.collectives.table import Key, Shape, Table
 from tests.support.ranks import SETTINGS, run_communicators
@@ -63,10 +64,7 @@ def test_largest_size_speaks_for_all_above_only_if_it_is_large():
 
 def test_algorithm_that_was_dropped_is_not_taken_where_it_is_missing():
     rows = measurements((8, {"native": 1.0, "ring": 9.0}), (64, {"ring": 9.0}), (512, {"native": 1.0, "ring": 9.0}))
-    taken = dict.fromkeys(rows)
-    for limit, name in reversed(steps_of(rows)):
-        taken |= {each: name for each in rows if limit is not None and each.nbytes <= limit}
-    assert [taken[each] for each in rows] == ["native", "ring", "native"]
+    assert steps_of(rows) == ((22, "native"), (181, "ring"), (512, "native"))
 
 
 @given(
@@ -126,7 +124,9 @@ def test_every_combination_is_measured_at_every_size_alike_on_all_ranks():
     def body(comm):
         keys = keys_of(comm, COLLECTIVES)
         told = []
-        rows = list(measure(comm, keys, sizes, Effort(2, (1, 2)), limit_s=100, on_item=lambda *item: told.append(item)))
+        rows = list(
+            measure(comm, keys, sizes, Effort(2, 2, (1, 2)), limit_s=100, on_item=lambda *item: told.append(item))
+        )
         known = {key: comm.known_algorithms(key.collective)[1:] for key in keys}
         return keys, told, rows, known
 
@@ -134,16 +134,28 @@ def test_every_combination_is_measured_at_every_size_alike_on_all_ranks():
     keys, told, rows, known = results[0]
     assert {(key.collective, key.blocking) for key in keys} == set(itertools.product(COLLECTIVES, (True, False)))
     assert {key.collective for key in keys if key.in_window} == {"allreduce"}
-    assert told == [(row.key, row.nbytes) for row in rows] == list(itertools.product(keys, sizes))
+    assert [(row.key, row.nbytes) for row in rows] == list(itertools.product(keys, sizes))
+    assert told == [(key, nbytes) for key in keys for _ in range(2) for nbytes in sizes]
     assert all(list(row.times_s) == known[row.key] for row in rows)
     assert all(seconds > 0 for row in rows for seconds in row.times_s.values())
     assert results[1][2] == rows
 
 
+def test_best_pass_counts_and_passes_that_differ_are_noise():
+    passes = [
+        Times({"native": 1.0, "ring": 3.0, "chain": 9.0}, 0.01, 1.0),
+        Times({"native": 5.0, "ring": 2.0}, 0.03, 1.0),
+    ]
+    best = tuning._best_of(KEY, 8, passes)
+    assert best.times_s == {"native": 1.0, "ring": 2.0, "chain": 9.0}
+    assert best.noise == pytest.approx(0.5)
+    assert tuning._best_of(KEY, 8, passes[:1]).noise == pytest.approx(0.01)
+
+
 def test_time_limit_ends_the_measurements_alike_on_all_ranks():
     def body(comm):
         keys = keys_of(comm, ["allreduce"])
-        return list(measure(comm, keys, [8, 16, 32], Effort(2, (1, 1)), limit_s=1e-9))
+        return list(measure(comm, keys, [8, 16, 32], Effort(2, 1, (1, 1)), limit_s=1e-9))
 
     first, second = run_communicators(2, body, settings=UNCHECKED)
     assert first == second
@@ -154,7 +166,7 @@ def test_shared_arrays_are_left_out_where_there_are_none():
     def body(comm):
         keys = keys_of(comm, ["allreduce"])
         return keys, list(
-            measure(comm, [*keys, Key("allreduce", keys[0].shape, True, True)], [8], Effort(2, (1, 1)), limit_s=9)
+            measure(comm, [*keys, Key("allreduce", keys[0].shape, True, True)], [8], Effort(2, 1, (1, 1)), limit_s=9)
         )
 
     (keys, rows), _ = run_communicators(2, body, settings=UNCHECKED.replace(shared_memory=False))
