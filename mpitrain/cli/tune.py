@@ -89,8 +89,7 @@ def _measure(comm: Communicator, request: Request, console: rich.console.Console
         progress(console, keys, len(sizes) * effort.passes)
         if comm.rank == 0
         else contextlib.nullcontext(_ignore) as on_item
-        text = f"times vary by {noise:.0%} from one round or pass to another; tune again when the machine is idle"
-        console.print(text)
+    ):
         for each in measure(comm, keys, sizes, effort, limit_s=request.minutes * 60, on_item=on_item):
             measurements.setdefault(each.key, []).append(each)
     missing = len(keys) * len(sizes) - sum(map(len, measurements.values()))
