@@ -205,7 +205,7 @@ class Communicator(Collectives):
     def plan_allreduce_(self, array: Any, *, op: str | ReduceOp = "sum", algorithm: str = "auto") -> PersistentPlan:
         """Prepare an `allreduce_` of `array` that is run many times, as MPI-4's `Allreduce_init`.
 
-        That all ranks mean the same is checked once, here. Every rank must call.
+        That all ranks mean the same is checked here, if `settings.check`, and not again. Every rank must call.
         """
         options = {"op": op, "algorithm": algorithm, "in_place": True}
         waited_for = self._checked(operations.plan_allreduce, array, **options)

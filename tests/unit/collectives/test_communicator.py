@@ -242,7 +242,7 @@ def test_plan_that_ranks_disagree_on_is_refused():
         error = outcome(lambda: comm.plan_allreduce_(np.zeros(2 + comm.rank)))
         return type(error), float(comm.allreduce(np.array(1.0)))
 
-    settings = Settings(wait="sleep", check=False)
+    settings = Settings(wait="sleep")
     assert run_communicators(2, body, settings=settings) == [(CollectiveMismatchError, 2.0)] * 2
 
 
