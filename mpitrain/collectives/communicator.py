@@ -7,17 +7,14 @@ import pickle
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any, TypeVar
-
-import numpy as np
-from numpy.typing import NDArray
 
 from mpitrain.collectives import operations
 from mpitrain.collectives.agreement import agree, check_same_settings
 from mpitrain.collectives.context import Context
 from mpitrain.collectives.departure import watch_exit
 from mpitrain.collectives.executor import Task
+from mpitrain.collectives.objects import exchange_pickled
 from mpitrain.collectives.peers import PeerWatch
 from mpitrain.collectives.plan import Call, Plan
 from mpitrain.collectives.progress import Handle, ProgressEngine, drive
@@ -146,7 +143,7 @@ class Communicator(Collectives):
         Raises:
             ValueError: A rank's value cannot be pickled; on every rank.
         """
-        values = self._exchange_pickled(value)
+        values = exchange_pickled(self, self.rank, value)
         return [pickle.loads(data) for data in values]
 
     def broadcast_obj(self, value: Any = None, *, root: int = 0) -> Any:
@@ -156,26 +153,8 @@ class Communicator(Collectives):
             ValueError: The root's value cannot be pickled, on every rank; or the root is out of range.
         """
         self._run(_plan_root, "broadcast_obj", root)
-        values = self._exchange_pickled(value if self.rank == root else None)
+        values = exchange_pickled(self, self.rank, value if self.rank == root else None)
         return value if self.rank == root else pickle.loads(values[root])
-
-    def _exchange_pickled(self, value: Any) -> list[bytes]:
-        try:
-            data, error = pickle.dumps(value), ""
-        except Exception as problem:  # noqa: BLE001  (whatever a class's own pickling raises)
-            data, error = b"", f"rank {self.rank}: {type(value).__qualname__} cannot be pickled ({problem})"
-        header = np.array([len(data), len(error.encode())], np.int64)
-        lengths = self.allgather(header).reshape(self.size, 2)
-        if lengths[:, 1].any():
-            texts = self._allgather_bytes(error.encode(), lengths[:, 1])
-            raise ValueError("object: " + "; ".join(text.decode() for text in texts if text))
-        return self._allgather_bytes(data, lengths[:, 0])
-
-    def _allgather_bytes(self, data: bytes, lengths: NDArray[np.int64]) -> list[bytes]:
-        rows = [int(length) for length in lengths]
-        everything = self.allgather(np.frombuffer(data, np.uint8), rows=rows)
-        ends = list(accumulate(rows))
-        return [everything[end - length : end].tobytes() for end, length in zip(ends, rows, strict=True)]
 
     # Memory
 

@@ -31,7 +31,7 @@ _LINE_NBYTES = 64
 # How many pieces the staging memory holds.
 _NUM_STAGED = 4
 # How long a piece of a shared buffer is on its way across nodes, and how many are at once.
-_PIECE_NBYTES = 2 << 20
+_PIECE_NBYTES = 1 << 20
 _NUM_ACROSS = 4
 
 # Phases of an operation, each with flags of its own.
