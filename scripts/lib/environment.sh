@@ -108,7 +108,7 @@ prepare_openmpi() {
     # More ranks than cores are welcome, and a rank's progress thread may leave its main thread's core.
     export PRTE_MCA_rmaps_default_mapping_policy=${PRTE_MCA_rmaps_default_mapping_policy-:oversubscribe}
     export PRTE_MCA_hwloc_default_binding_policy=${PRTE_MCA_hwloc_default_binding_policy-none}
-    # Without UCX hardware its one-sided component prints an error for every shared window, and is not used.
+    # As mpitrain does by itself; but tests may start MPI before it.
     export OMPI_MCA_osc=${OMPI_MCA_osc-^ucx}
 }
 
