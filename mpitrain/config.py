@@ -66,8 +66,8 @@ class Settings:
         first_bucket_nbytes: The bucket that fills first is smaller, so that communication starts early.
         fusion_nbytes: Named operations that are ready together are fused up to this size.
         timeout_s: A collective that makes no progress for so long raises `CommTimeoutError`; 0 is never.
-        stall_warning_s: After so long without progress a warning says so, for named operations with the ranks that are late;
-            0 is never.
+        stall_warning_s: After so long without progress a warning says so, for named operations with the ranks that
+            are late; 0 is never.
         shared_memory: Let ranks of one node reduce in memory that all of them map, where MPI can share it.
         staging_nbytes: Shared memory of each rank and communicator through which ordinary arrays pass.
         check: Compare what the ranks bring to each collective before it starts, so that a
