@@ -13,6 +13,7 @@ import click
 
 import mpitrain
 from mpitrain.cli.job import JobError, meet
+from mpitrain.cli.options import parse_nbytes_option
 from mpitrain.cli.tune import Request, tune_job
 from mpitrain.cli.tuning import COLLECTIVES
 from mpitrain.config import Settings
@@ -26,15 +27,6 @@ _MINUTES = 3.0
 _QUICK_MINUTES = 1.0
 # The first process that ends with an error takes the others with it; rank 0 has to have spoken by then.
 _PATIENCE_S = 1.0
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-
-
-def _parse_nbytes(_context: click.Context, _option: click.Parameter, text: str) -> int:
-    """Read a number of bytes, such as 4096, 64K or 128M."""
-    digits, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
-    if not (digits.isascii() and digits.isdigit() and unit in _UNITS and int(digits)):
-        raise click.BadParameter(f"must be a number of bytes, got {text!r}; write 4096, 64K, 128M or 1G")
-    return int(digits) * _UNITS[unit]
 
 
 @click.group(no_args_is_help=False)
@@ -50,7 +42,7 @@ def commands() -> None:
 @click.option(
     "--max-size",
     "max_nbytes",
-    callback=_parse_nbytes,
+    callback=parse_nbytes_option,
     default="128M",
     metavar="SIZE",
     show_default=True,

@@ -14,8 +14,9 @@ from pathlib import Path
 import rich.console
 
 import mpitrain
+from mpitrain.cli.console import make_console
 from mpitrain.cli.job import JobError
-from mpitrain.cli.report import make_console, progress, table_of_choices, table_of_times
+from mpitrain.cli.tune_tables import progress, table_of_choices, table_of_times
 from mpitrain.cli.tuning import Effort, Measurement, keys_of, measure, sizes_up_to, steps_of
 from mpitrain.collectives import Communicator
 from mpitrain.collectives.table import Key, Shape, Steps, Table

@@ -7,9 +7,12 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from mpitrain.cli.stopwatch import Times, interleaved_times, operation
+from mpitrain.bench import stopwatch
+from mpitrain.bench.operation import IN_PLACE, Operation, Use
+from mpitrain.bench.stopwatch import Times, interleaved_times
 from mpitrain.collectives import Communicator
 from mpitrain.collectives.table import Key, Shape, Steps
+from mpitrain.errors import UnavailableError
 
 __all__ = ["COLLECTIVES", "Effort", "Measurement", "keys_of", "measure", "sizes_up_to", "steps_of"]
 
@@ -112,16 +115,27 @@ def measure(
                 on_item(key, nbytes)
                 share_s = left.share_s(nbytes)
                 # The last one's memory is given back before this one's is taken.
-                run = None
-                run = operation(comm, key, nbytes)
-                if run is None:
+                operation = sides = None
+                try:
+                    operation = Operation(comm, _use_of(key), nbytes)
+                except UnavailableError:
                     continue
-                times = interleaved_times(comm, run, list(field.algorithms), share_s, effort.rounds)
+                sides = {name: operation.call(name) for name in field.algorithms}
+                times = interleaved_times(comm, sides, stopwatch.Effort(effort.rounds, share_s))
                 left.spend(times.elapsed_s)
                 measured.setdefault(nbytes, []).append(times)
                 field.drop_hopeless(nbytes, times.medians_s)
         for nbytes, passes in measured.items():
             yield _best_of(key, nbytes, passes)
+
+
+def _use_of(key: Key) -> Use:
+    return Use(
+        key.collective,
+        memory="window" if key.in_window else "host",
+        in_place=key.collective in IN_PLACE,
+        blocking=key.blocking,
+    )
 
 
 class _Budget:

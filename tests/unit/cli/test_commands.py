@@ -13,7 +13,7 @@ import pytest
 import rich.console
 
 import mpitrain
-from mpitrain.cli import commands, report
+from mpitrain.cli import console, tune_tables
 from mpitrain.cli.tuning import COLLECTIVES, Measurement
 from mpitrain.collectives.table import Key, Shape, Table
 from mpitrain.schedules import ALGORITHMS
@@ -103,19 +103,6 @@ def test_choices_of_the_command_are_collectives():
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("4096", 4096), ("64K", 64 << 10), ("1m", 1 << 20), ("128M", 128 << 20), ("2G", 2 << 30)]
-)
-def test_sizes_have_units(text, expected):
-    assert commands._parse_nbytes(None, None, text) == expected
-
-
-@pytest.mark.parametrize("text", ["", "M", "0", "0K", "-1", "1.5M", "12X", "12KB", "1 M", "٣"])
-def test_other_sizes_are_refused(text):
-    with pytest.raises(commands.click.BadParameter, match=r"must be a number of bytes, got .*; write 4096"):
-        commands._parse_nbytes(None, None, text)
-
-
-@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["tune", "--bogus"], "mpitrain: No such option '--bogus'"),
@@ -181,13 +168,6 @@ def test_tuning_prints_and_stores_the_table(tmp_path):
 class TestReport:
     KEYS = (Key("allreduce", PAIR, True), Key("allreduce", PAIR, False))
 
-    @pytest.mark.parametrize(
-        ("nbytes", "text"),
-        [(8, "8 B"), (1024, "1 KiB"), (92681, "90.51 KiB"), (128 << 20, "128 MiB"), (3 << 30, "3 GiB")],
-    )
-    def test_sizes_are_written_with_units(self, nbytes, text):
-        assert report.format_nbytes(nbytes) == text
-
     def test_table_has_ranges_winners_and_leads(self):
         key = self.KEYS[0]
         rows = [
@@ -195,7 +175,7 @@ class TestReport:
             Measurement(key, 64, {"native": 1.0, "ring": 2.0, "chain": 4.0}),
             Measurement(key, 512, {"ring": 1.0}),
         ]
-        table = report.table_of_choices("title", {key: rows}, {key: ((181, "native"), (None, "ring"))})
+        table = tune_tables.table_of_choices("title", {key: rows}, {key: ((181, "native"), (None, "ring"))})
         cells = [list(column.cells) for column in table.columns]
         assert cells[2:] == [
             ["181 B", "any size"],
@@ -207,12 +187,12 @@ class TestReport:
     def test_times_that_were_not_taken_are_dashes(self):
         key = self.KEYS[0]
         rows = [Measurement(key, 8, {"native": 1e-5, "ring": 3e-5}), Measurement(key, 64, {"native": 2e-5})]
-        table = report.table_of_times(key, rows)
+        table = tune_tables.table_of_times(key, rows)
         assert [list(column.cells) for column in table.columns] == [["8 B", "64 B"], ["10", "20"], ["30", "-"]]
 
     def test_progress_is_a_line_for_each_combination_in_a_file(self):
         console = rich.console.Console(file=io.StringIO(), force_terminal=False, width=100)
-        with report.progress(console, self.KEYS, 2) as on_item:
+        with tune_tables.progress(console, self.KEYS, 2) as on_item:
             for key in self.KEYS:
                 for nbytes in (8, 64):
                     on_item(key, nbytes)
@@ -221,7 +201,7 @@ class TestReport:
 
     def test_progress_is_a_bar_on_a_terminal(self):
         console = rich.console.Console(file=io.StringIO(), force_terminal=True, width=100)
-        with report.progress(console, self.KEYS, 2) as on_item:
+        with tune_tables.progress(console, self.KEYS, 2) as on_item:
             for key, nbytes in ((self.KEYS[0], 8), (self.KEYS[0], 64), (self.KEYS[1], 8), (self.KEYS[1], 64)):
                 on_item(key, nbytes)
             shown = console.file.getvalue()
@@ -230,4 +210,4 @@ class TestReport:
 
     def test_output_that_nobody_sees_is_no_terminal(self, monkeypatch):
         monkeypatch.setattr(sys, "stdout", io.StringIO())
-        assert not report.is_terminal()
+        assert not console.is_terminal()

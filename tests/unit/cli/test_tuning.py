@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mpitrain.bench.stopwatch import Times
 from mpitrain.cli import tuning
-from mpitrain.cli.stopwatch import Times
 from mpitrain.cli.tuning import COLLECTIVES, Effort, Measurement, keys_of, measure, sizes_up_to, steps_of
 from mpitrain.collectives.table import Key, Shape, Table
 from tests.support.ranks import SETTINGS, run_communicators
@@ -141,10 +141,15 @@ def test_every_combination_is_measured_at_every_size_alike_on_all_ranks():
     assert results[1][2] == rows
 
 
+def steady(medians_s: dict[str, float], noise: float) -> Times:
+    samples_s = {name: (median * (1 - noise), median, median * (1 + noise)) for name, median in medians_s.items()}
+    return Times(samples_s, dict.fromkeys(medians_s, 1), 1.0)
+
+
 def test_best_pass_counts_and_passes_that_differ_are_noise():
     passes = [
-        Times({"native": 1.0, "ring": 3.0, "chain": 9.0}, 0.01, 1.0),
-        Times({"native": 5.0, "ring": 2.0}, 0.03, 1.0),
+        steady({"native": 1.0, "ring": 3.0, "chain": 9.0}, noise=0.01),
+        steady({"native": 5.0, "ring": 2.0}, noise=0.03),
     ]
     best = tuning._best_of(KEY, 8, passes)
     assert best.times_s == {"native": 1.0, "ring": 2.0, "chain": 9.0}

@@ -3,57 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import rich.box
 import rich.console
 import rich.progress
 import rich.table
 
+from mpitrain.bench.units import format_nbytes
 from mpitrain.cli.tuning import Measurement
 from mpitrain.collectives.table import Key, Steps
 
-__all__ = ["format_nbytes", "is_terminal", "progress", "table_of_choices", "table_of_times"]
-
-# Columns of a table that goes to a file, where no window says how wide it may be.
-_FILE_WIDTH = 110
-
-
-def format_nbytes(nbytes: int) -> str:
-    """Write a size such as "64 KiB"."""
-    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if nbytes >= factor:
-            return f"{nbytes / factor:.4g} {unit}"
-    return f"{nbytes} B"
+__all__ = ["progress", "table_of_choices", "table_of_times"]
 
 
 def describe(key: Key) -> str:
     """Write how an operation is used."""
     return ("blocking" if key.blocking else "in background") + (", shared array" if key.in_window else "")
-
-
-def is_terminal() -> bool:
-    """Whether somebody watches: Open MPI gives its ranks a terminal even if its own output goes to a file."""
-    if not sys.stdout.isatty():
-        return False
-    launcher_output = Path(f"/proc/{os.getppid()}/fd/1")
-    try:
-        target = launcher_output.readlink()
-    except OSError:  # not Linux, or another user's
-        return True
-    return str(target).startswith(("/dev/pts/", "/dev/tty", "/dev/console"))
-
-
-def make_console() -> rich.console.Console:
-    """Return where rank 0 writes."""
-    if is_terminal():
-        return rich.console.Console()
-    return rich.console.Console(force_terminal=False, no_color=True, width=_FILE_WIDTH)
 
 
 @contextlib.contextmanager

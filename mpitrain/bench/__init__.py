@@ -1,0 +1,1 @@
+"""Benchmarks: how collectives and training steps are timed, and what becomes of the times."""
