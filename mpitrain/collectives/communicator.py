@@ -17,7 +17,7 @@ from mpitrain.collectives.executor import Task
 from mpitrain.collectives.objects import exchange_pickled
 from mpitrain.collectives.peers import PeerWatch
 from mpitrain.collectives.plan import Call, Plan
-from mpitrain.collectives.progress import Handle, ProgressEngine, drive
+from mpitrain.collectives.progress import Handle, ProgressEngine
 from mpitrain.collectives.reclaim import Reclaimer
 from mpitrain.collectives.selection import known_algorithms
 from mpitrain.collectives.table import Table
@@ -81,6 +81,7 @@ class Communicator(Collectives):
         self._lock = threading.Lock()
         self._calls = 0
         self._in_flight = 0
+        self._traffic = self.engine.count_traffic()
         self._freed = False
         self._leave_functions: list[weakref.WeakMethod[Callable[[str], None]]] = []
 
@@ -245,6 +246,8 @@ class Communicator(Collectives):
             index = self._calls
             self._calls += 1
             self._in_flight += 1
+            self._traffic.operations += 1
+            self._traffic.nbytes += plan.nbytes
             ticket = context.native_order.take_ticket() if starts_native else -1
             staging_ticket = context.staging_order.take_ticket() if plan.uses_staging else -1
         tag = index % min(self.transport.max_tag, _MOST_TAGS)
@@ -269,7 +272,7 @@ class Communicator(Collectives):
                 self._context.staging_order.give_back(call.staging_ticket)
 
     def _drive(self, task: Task[Result]) -> Result:
-        return drive(task, spin=self.engine.spin_waiting)
+        return self.engine.drive(task)
 
     # Life cycle
 

@@ -40,9 +40,11 @@ class Plan(Generic[Result]):
         task: Makes the task of one run.
         uses_native: Whether the task starts a collective of the MPI library.
         uses_staging: Whether the task uses the node's staging memory.
+        nbytes: Bytes of what this rank brings.
     """
 
     description: str
     task: Callable[[Call], Task[Result]]
     uses_native: bool = False
     uses_staging: bool = False
+    nbytes: int = 0

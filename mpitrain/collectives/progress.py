@@ -7,15 +7,17 @@ wait for each other. A thread that waits for a handle advances them itself meanw
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
 from mpitrain.collectives.executor import Task
 from mpitrain.comm import Backoff
 from mpitrain.errors import CommTimeoutError
+from mpitrain.observe import CommunicationClock, CommunicationCounters, Traffic
 
 __all__ = ["Handle", "ProgressEngine", "drive"]
 
@@ -111,7 +113,9 @@ class ProgressEngine:
     def __init__(self, *, spin_waiting: bool = False, spin_background: bool = False) -> None:
         self.spin_waiting = spin_waiting
         self.spin_background = spin_background
-        self.waiting_s = 0.0
+        # Told of changes under the lock of `_changed`.
+        self._clock = CommunicationClock()
+        self._traffic: list[Traffic] = []
         self._active: list[_Running] = []
         self._driving = threading.Lock()
         self._changed = threading.Condition()
@@ -123,11 +127,51 @@ class ProgressEngine:
         """Start a task: its first step runs here and now, the others as messages arrive."""
         handle: Handle[Result] = Handle(self, description)
         running = _Running(handle, task)
-        # In the caller's thread, so that the first messages leave at once.
-        running.advance()
-        if not handle.done:
-            self._add(running)
+        with self._as_caller():
+            # In the caller's thread, so that the first messages leave at once.
+            running.advance()
+            if not handle.done:
+                self._add(running)
         return handle
+
+    def drive(self, task: Task[Result]) -> Result:
+        """Run a task to its end in the calling thread."""
+        began_s = time.monotonic()
+        try:
+            return drive(task, spin=self.spin_waiting)
+        finally:
+            # No lock: this is the path of calls that take microseconds.
+            self._clock.book_blocking(time.monotonic() - began_s)
+
+    @contextlib.contextmanager
+    def _as_caller(self) -> Iterator[None]:
+        """Count the time as the caller's, unless the progress thread itself calls."""
+        if threading.current_thread() is self._thread:
+            yield
+            return
+        with self._changed:
+            self._clock.note(callers=1)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._clock.note(callers=-1)
+
+    def count_traffic(self) -> Traffic:
+        """Return what counts the operations of one more communicator."""
+        traffic = Traffic()
+        with self._changed:
+            self._traffic.append(traffic)
+        return traffic
+
+    @property
+    def counters(self) -> CommunicationCounters:
+        """What this process has communicated so far, on all communicators of this engine."""
+        with self._changed:
+            self._clock.note()
+            operations = sum(traffic.operations for traffic in self._traffic)
+            nbytes = sum(traffic.nbytes for traffic in self._traffic)
+            return CommunicationCounters(operations, nbytes, self._clock.exposed_s, self._clock.hidden_s)
 
     def promise(self, description: str = "") -> Handle[Any]:
         """Return the handle of an operation that some other task will resolve."""
@@ -138,6 +182,7 @@ class ProgressEngine:
             if self.is_closed:
                 raise RuntimeError("progress engine: cannot start an operation, it is closed")
             self._active.append(running)
+            self._clock.note(is_in_flight=True)
             if self._thread is None:
                 self._thread = threading.Thread(
                     target=_serve, args=(weakref.ref(self), self._changed), name="mpitrain progress", daemon=True
@@ -147,11 +192,11 @@ class ProgressEngine:
 
     def wait(self, handle: Handle[Result], timeout_s: float | None = None) -> None:
         """Advance everything in flight until `handle` is done."""
-        began_s = time.monotonic()
-        deadline_s = None if timeout_s is None else began_s + timeout_s
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         backoff = Backoff(spin=self.spin_waiting)
         with self._changed:
             self._waiters += 1
+            self._clock.note(callers=1)
         try:
             while not handle.done:
                 if self.advance_all():
@@ -161,9 +206,9 @@ class ProgressEngine:
                     raise CommTimeoutError(f"{handle.description}: not done after {timeout_s:g} s; still in flight")
                 backoff.pause()
         finally:
-            self.waiting_s += time.monotonic() - began_s
             with self._changed:
                 self._waiters -= 1
+                self._clock.note(callers=-1)
                 self._changed.notify_all()
 
     def advance_all(self) -> bool:
@@ -178,6 +223,7 @@ class ProgressEngine:
             if finished:
                 with self._changed:
                     self._active = [running for running in self._active if not running.handle.done]
+                    self._clock.note(is_in_flight=bool(self._active))
             return moved
 
     def close(self) -> None:

@@ -55,6 +55,7 @@ from mpitrain.torch.reductions import (
 from mpitrain.torch.world import (
     ProcessSet,
     add_process_set,
+    communication_counters,
     communicator,
     cross_rank,
     cross_size,
@@ -68,7 +69,6 @@ from mpitrain.torch.world import (
     remove_process_set,
     shutdown,
     size,
-    waiting_seconds,
 )
 
 __all__ = [
@@ -99,6 +99,7 @@ __all__ = [
     "broadcast_object",
     "broadcast_optimizer_state",
     "broadcast_parameters",
+    "communication_counters",
     "communicator",
     "cross_rank",
     "cross_size",
@@ -120,5 +121,4 @@ __all__ = [
     "shutdown",
     "size",
     "synchronize",
-    "waiting_seconds",
 ]

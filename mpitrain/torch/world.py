@@ -10,6 +10,7 @@ from mpitrain.collectives import Communicator
 from mpitrain.config import Settings
 from mpitrain.errors import NotInitializedError
 from mpitrain.negotiation import Negotiator
+from mpitrain.observe import CommunicationCounters
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ProcessSet",
     "add_process_set",
+    "communication_counters",
     "communicator",
     "cross_rank",
     "cross_size",
@@ -31,7 +33,6 @@ __all__ = [
     "remove_process_set",
     "shutdown",
     "size",
-    "waiting_seconds",
 ]
 
 
@@ -243,9 +244,19 @@ def is_homogeneous() -> bool:
     return communicator().topology.is_homogeneous
 
 
-def waiting_seconds() -> float:
-    """Seconds for which this process has waited for communication since `init`; what overlaps does not count."""
-    return communicator().engine.waiting_s
+def communication_counters() -> CommunicationCounters:
+    """What this process has communicated since `init`, and for how many seconds that was exposed or hidden.
+
+    The difference of two is what was communicated in between:
+
+        before = hvd.communication_counters()
+        train_one_epoch()
+        spent = hvd.communication_counters() - before
+
+    Raises:
+        NotInitializedError: Before `init`.
+    """
+    return communicator().engine.counters
 
 
 def _initialized() -> _World:

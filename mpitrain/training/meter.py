@@ -17,8 +17,8 @@ class Meter:
     """Adds up time, samples and waiting of what happens under `measure`.
 
     Args:
-        waiting_s: Returns the seconds for which this process has waited for communication so far, as
-            `mpitrain.torch.waiting_seconds` does.
+        waiting_s: Returns the seconds for which communication has held up this process so far: `exposed_s` of
+            `mpitrain.torch.communication_counters()`.
         clock_s: Returns seconds, from any origin.
 
     Attributes:

@@ -232,7 +232,7 @@ def _make_loop(options: Namespace, workload: Workload) -> TrainingLoop:
             batch_size=options.batch_size,
             batch_loss=workload.batch_loss,
             max_grad_norm=workload.max_grad_norm,
-            meter=Meter(hvd.waiting_seconds),
+            meter=Meter(lambda: hvd.communication_counters().exposed_s),
         )
     except ValueError as error:
         raise UsageError(str(error)) from None

@@ -13,6 +13,7 @@ from mpitrain.errors import NotInitializedError  # noqa: E402
 pytestmark = pytest.mark.timeout(60)
 
 CALLS = {
+    "communication_counters": hvd.communication_counters,
     "rank": hvd.rank,
     "size": hvd.size,
     "local_rank": hvd.local_rank,
@@ -75,8 +76,19 @@ def test_ranks_are_those_of_mpi(world):
     assert hvd.cross_size() * hvd.local_size() == hvd.size()
     assert hvd.cross_rank() == 0
     assert hvd.is_homogeneous()
-    assert hvd.waiting_seconds() >= 0.0
     node.Free()
+
+
+def test_counters_tell_what_was_communicated(world):
+    before = hvd.communication_counters()
+    hvd.communicator().allreduce(torch.arange(1001.0))
+    blocking = hvd.communication_counters() - before
+    assert (blocking.operations, blocking.nbytes) == (1, 4004)
+    assert blocking.exposed_s > 0
+    assert hvd.allreduce(torch.full((3,), 1.0 + hvd.rank()), op=hvd.Sum)[0] == world.size * (world.size + 1) / 2
+    named = hvd.communication_counters() - before - blocking
+    assert (named.operations, named.nbytes) == (1, 12)
+    assert named.exposed_s > 0
 
 
 def test_second_init_changes_nothing(world):

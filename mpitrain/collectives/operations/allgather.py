@@ -61,4 +61,4 @@ def plan_allgather(
         return result
 
     shape = [list(all_rows) if rows is not None else own_rows, *rest]
-    return Plan(f"allgather of {dtype} {shape} by {name}", task, uses_native)
+    return Plan(f"allgather of {dtype} {shape} by {name}", task, uses_native, nbytes=view.nbytes)

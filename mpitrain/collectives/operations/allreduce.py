@@ -62,7 +62,7 @@ def plan_allreduce(
             divide_by(view.data, context.size, dtype)
         return view.owner
 
-    return Plan(description, task, uses_native)
+    return Plan(description, task, uses_native, nbytes=view.nbytes)
 
 
 def _plan_in_node(
@@ -79,4 +79,4 @@ def _plan_in_node(
         return view.owner
 
     place = "in shared memory" if shared is not None else "through staging memory"
-    return Plan(f"{description} {place}", task, uses_staging=shared is None)
+    return Plan(f"{description} {place}", task, uses_staging=shared is None, nbytes=view.nbytes)

@@ -59,7 +59,7 @@ def plan_alltoall(
         return result, known_splits
 
     cut = f"{list(view.shape)} evenly" if splits is None else f"rows of {list(view.shape[1:])}"
-    return Plan(f"alltoall of {view.dtype} {cut} by {name}", task, uses_native)
+    return Plan(f"alltoall of {view.dtype} {cut} by {name}", task, uses_native, nbytes=view.nbytes)
 
 
 def _checked_splits(view: FlatArray, splits: Sequence[int] | None, size: int) -> list[int]:

@@ -52,4 +52,6 @@ def plan_broadcast(
             yield from context.execute(program, [view.data], dtype, call)
         return view.owner
 
-    return Plan(f"broadcast of {dtype} {list(view.shape)} from root {root} by {name}", task, uses_native)
+    return Plan(
+        f"broadcast of {dtype} {list(view.shape)} from root {root} by {name}", task, uses_native, nbytes=view.nbytes
+    )

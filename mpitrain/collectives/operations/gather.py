@@ -64,4 +64,4 @@ def plan_gather(
             context.scratch.release(memory)
         return result
 
-    return Plan(f"gather of {dtype} {list(view.shape)} to root {root} by {name}", task, uses_native)
+    return Plan(f"gather of {dtype} {list(view.shape)} to root {root} by {name}", task, uses_native, nbytes=view.nbytes)

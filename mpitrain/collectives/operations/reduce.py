@@ -51,4 +51,4 @@ def plan_reduce(
         return view.owner
 
     description = f"reduce {op.name.lower()} of {dtype} {list(view.shape)} to root {root} by {name}"
-    return Plan(description, task, uses_native)
+    return Plan(description, task, uses_native, nbytes=view.nbytes)

@@ -59,4 +59,4 @@ def plan_reduce_scatter(
         return result
 
     description = f"reduce_scatter {op.name.lower()} of {dtype} {list(view.shape)} by {name}"
-    return Plan(description, task, uses_native)
+    return Plan(description, task, uses_native, nbytes=view.nbytes)

@@ -68,4 +68,6 @@ def plan_scatter(
             context.scratch.release(memory)
         return out
 
-    return Plan(f"scatter of {dtype} {list(part.shape)} from root {root} by {name}", task, uses_native)
+    return Plan(
+        f"scatter of {dtype} {list(part.shape)} from root {root} by {name}", task, uses_native, nbytes=part.nbytes
+    )

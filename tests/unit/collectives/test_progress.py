@@ -283,12 +283,22 @@ def test_interrupt_inside_an_operation_does_not_stop_others(engine):
     assert engine.start(steps(False, False, result=3)).wait(10) == 3
 
 
-def test_waiting_time_is_counted(engine):
+def test_time_of_waiting_is_exposed_and_the_rest_in_flight_is_hidden(engine):
     event = threading.Event()
-    timer = threading.Timer(0.05, event.set)
+    handle = engine.start(until(event))
+    time.sleep(0.1)
+    unwaited = engine.counters
+    assert unwaited.hidden_s >= 0.1
+    assert unwaited.exposed_s < 0.1
+    timer = threading.Timer(0.1, event.set)
     timer.start()
-    engine.start(until(event)).wait(10)
-    assert 0.02 < engine.waiting_s < 5
+    handle.wait(10)
+    waited = engine.counters - unwaited
+    assert 0.05 < waited.exposed_s < 5
+    assert waited.hidden_s < 0.05
+    time.sleep(0.1)
+    at_rest = engine.counters - unwaited - waited
+    assert (at_rest.exposed_s, at_rest.hidden_s) == pytest.approx((0, 0), abs=1e-9)
 
 
 def test_promise_is_resolved_by_another_task(engine):

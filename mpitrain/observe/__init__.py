@@ -1,0 +1,5 @@
+"""What a job does and where it waits: counters, the timeline of all ranks, and reports of late ranks."""
+
+from mpitrain.observe.counters import CommunicationClock, CommunicationCounters, Traffic
+
+__all__ = ["CommunicationClock", "CommunicationCounters", "Traffic"]
