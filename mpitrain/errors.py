@@ -11,6 +11,7 @@ operation that was called correctly derives from `MpitrainError`:
     |       |-- RankFailedError     a rank left the job or died
     |       `-- CommRevokedError    another rank gave this communicator up
     |-- CheckpointError             a checkpoint cannot be written or read, or does not fit
+    |-- HostsUpdatedInterrupt       the ranks of an elastic job are about to change
     |-- NotInitializedError         a call before init() (also a ValueError)
     `-- UnavailableError            something this machine or installation lacks
 
@@ -26,6 +27,7 @@ __all__ = [
     "CommError",
     "CommRevokedError",
     "CommTimeoutError",
+    "HostsUpdatedInterrupt",
     "MpitrainError",
     "NotInitializedError",
     "RankFailedError",
@@ -63,6 +65,18 @@ class CommRevokedError(CommError):
 
 class CheckpointError(MpitrainError):
     """A checkpoint cannot be written or read, or does not fit the model that asks for it."""
+
+
+class HostsUpdatedInterrupt(MpitrainError):  # noqa: N818  (Horovod's name)
+    """The ranks of an elastic job are about to change: no failure, so the state stays as it is.
+
+    Attributes:
+        skip_sync: Whether the ranks that go on are equal already, so that nothing has to be broadcast.
+    """
+
+    def __init__(self, skip_sync: bool = False) -> None:
+        super().__init__("the ranks of the job are about to change")
+        self.skip_sync = skip_sync
 
 
 class NotInitializedError(MpitrainError, ValueError):

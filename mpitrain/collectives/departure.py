@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mpitrain.collectives.communicator import Communicator
 
-__all__ = ["exit_reason", "watch_exit"]
+__all__ = ["end_with_failure", "exit_reason", "watch_exit"]
 
 _log = logging.getLogger("mpitrain")
 
@@ -68,6 +68,18 @@ def watch_exit(comm: Communicator) -> None:
     """Let a communicator's ranks know when and why this process ends."""
     _watch.install()
     _watch.communicators.add(comm)
+
+
+def end_with_failure(error: BaseException) -> None:
+    """Let the others know, when this process ends, that it was with this error; for whoever runs programs.
+
+    Where this process has started MPI and has no communicator by which it could tell, the job is aborted at once.
+    """
+    _watch.failure = error
+    if not _watch.communicators and "mpi4py.MPI" in sys.modules:
+        from mpitrain.comm.mpi_library import abort_job
+
+        abort_job()
 
 
 def exit_reason() -> str:
