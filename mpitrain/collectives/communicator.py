@@ -24,7 +24,7 @@ from mpitrain.collectives.table import Table
 from mpitrain.collectives.table_file import load_table
 from mpitrain.collectives.verbs import Collectives
 from mpitrain.comm import Topology, Transport
-from mpitrain.config import Settings, quiet_mpi_wheel
+from mpitrain.config import Settings, prepare_mpi_wheel
 from mpitrain.errors import CollectiveMismatchError
 from mpitrain.memory import ReduceOp, SharedArray, as_dtype
 
@@ -101,7 +101,7 @@ class Communicator(Collectives):
         Raises:
             UnavailableError: MPI lacks a thread level that the progress thread needs.
         """
-        quiet_mpi_wheel()
+        prepare_mpi_wheel()
         from mpitrain.comm.mpi import MPITransport  # starts MPI
 
         transport = MPITransport(comm)

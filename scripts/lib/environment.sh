@@ -124,6 +124,6 @@ ignore_own_table() {
 
 # Prints the shell scripts of the repository, one a line: they are known by their first line.
 shell_scripts() {
-    grep --recursive --files-with-matches --max-count=1 '^#!/usr/bin/env bash' scripts .ci
+    grep --recursive --files-with-matches --max-count=1 '^#!/usr/bin/env bash' scripts .ci tests
     ls scripts/lib/*.sh
 }

