@@ -8,7 +8,9 @@ import os
 from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 
-__all__ = ["PREFIX", "Settings", "cache_folder", "prepare_mpi_wheel"]
+from mpitrain.aliases import settings_from_aliases, unused_aliases
+
+__all__ = ["PREFIX", "Settings", "cache_folder", "prepare_mpi_wheel", "unused_horovod_variables"]
 
 PREFIX = "MPITRAIN_"
 
@@ -44,6 +46,13 @@ def _switch(text: str) -> bool:
     return words[text.lower()]
 
 
+def _level(text: str) -> str:
+    levels = ("debug", "info", "warning", "error", "critical")
+    if text.lower() not in levels:
+        raise ValueError(f"must be one of {', '.join(levels)}")
+    return text.lower()
+
+
 def _waiting(text: str) -> str:
     if text not in ("auto", "spin", "sleep"):
         raise ValueError("must be auto, spin or sleep")
@@ -54,7 +63,8 @@ def _waiting(text: str) -> str:
 class Settings:
     """What can be set, for a whole job, by `MPITRAIN_<NAME>` in the environment.
 
-    All ranks must have the same values.
+    All ranks must have the same values. Where a variable of Horovod means the same (`mpitrain.aliases`), it sets what
+    the environment does not set by the name here.
 
     Attributes:
         algorithm: Algorithm of all-reduces that name none; "auto" chooses by size.
@@ -73,6 +83,8 @@ class Settings:
         check: Compare what the ranks bring to each collective before it starts, so that a
             mismatch is an error on every rank. Costs one small all-reduce.
         tune_dir: Folder of the tables that `mpitrain tune` measures; "" is `tune` in the `cache_folder` of rank 0.
+        log_level: Messages from this level on are shown: debug, info, warning, error or critical; "" leaves that to
+            the program's own `logging`.
         wait: "spin" keeps polling, "sleep" gives the core away, "auto" spins only if the node has
             a core for every thread that could wait.
     """
@@ -89,20 +101,24 @@ class Settings:
     staging_nbytes: int = 2 << 20
     check: bool = True
     tune_dir: str = ""
+    log_level: str = ""
     wait: str = "auto"
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] | None = None) -> Settings:
-        """Read `MPITRAIN_*` variables; defaults for those that are not set.
+        """Read `MPITRAIN_*` variables, and Horovod's where they mean the same; defaults for what is not set.
 
         Raises:
             ValueError: A variable has an unusable value; the message names it.
         """
         environ = os.environ if environ is None else environ
+        aliases = settings_from_aliases(environ)
         values: dict[str, object] = {}
         for name, parse in _PARSERS.items():
             variable = PREFIX + name.upper()
             text = environ.get(variable)
+            if text is None and name in aliases:
+                variable, text = aliases[name]
             if text is None:
                 continue
             try:
@@ -129,8 +145,14 @@ _PARSERS: dict[str, Callable[[str], object]] = {
     "staging_nbytes": _positive,
     "check": _switch,
     "tune_dir": str,
+    "log_level": _level,
     "wait": _waiting,
 }
+
+
+def unused_horovod_variables(environ: Mapping[str, str] | None = None) -> list[str]:
+    """Return the variables of Horovod that are set, and that have no effect here."""
+    return unused_aliases(os.environ if environ is None else environ)
 
 
 def cache_folder(environ: Mapping[str, str] | None = None) -> Path:

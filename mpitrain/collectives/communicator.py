@@ -27,6 +27,7 @@ from mpitrain.comm import Topology, Transport
 from mpitrain.config import Settings, prepare_mpi_wheel
 from mpitrain.errors import CollectiveMismatchError
 from mpitrain.memory import ReduceOp, SharedArray, as_dtype
+from mpitrain.observe import show_messages
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -106,6 +107,7 @@ class Communicator(Collectives):
 
         transport = MPITransport(comm)
         settings = settings or Settings.from_environ()
+        show_messages(settings.log_level)
         made = cls(transport, settings=settings, table=load_table(transport, settings))
         watch_exit(made)
         return made

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mpitrain.collectives import Communicator
-from mpitrain.config import Settings
+from mpitrain.config import Settings, unused_horovod_variables
 from mpitrain.errors import NotInitializedError
 from mpitrain.negotiation import Negotiator
 from mpitrain.observe import CommunicationCounters
@@ -34,6 +36,8 @@ __all__ = [
     "shutdown",
     "size",
 ]
+
+_log = logging.getLogger("mpitrain")
 
 
 class ProcessSet:
@@ -113,6 +117,15 @@ def init(comm: MPI.Comm | Sequence[int] | None = None, *, settings: Settings | N
     global _world  # noqa: PLW0603  (the one default communicator of the process)
     if _world is None:
         _world = _World(Communicator.from_mpi(comm, settings=settings))
+        if _world.comm.rank == 0:
+            _name_unused_variables()
+
+
+@functools.cache
+def _name_unused_variables() -> None:
+    """Say once which variables of Horovod are set in vain."""
+    if names := unused_horovod_variables():
+        _log.warning("r0 | not used here: %s; docs/horovod.md says why", ", ".join(names))
 
 
 def shutdown() -> None:
