@@ -185,12 +185,19 @@ class Communicator(Collectives):
 
     # Plans
 
-    def plan_allreduce_(self, array: Any, *, op: str | ReduceOp = "sum", algorithm: str = "auto") -> PersistentPlan:
+    def plan_allreduce_(
+        self,
+        array: Any,
+        *,
+        op: str | ReduceOp = "sum",
+        algorithm: str = "auto",
+        parts: Sequence[int] | None = None,
+    ) -> PersistentPlan:
         """Prepare an `allreduce_` of `array` that is run many times, as MPI-4's `Allreduce_init`.
 
         That all ranks mean the same is checked here, if `settings.check`, and not again. Every rank must call.
         """
-        options = {"op": op, "algorithm": algorithm, "in_place": True}
+        options = {"op": op, "algorithm": algorithm, "parts": parts, "in_place": True}
         waited_for = self._checked(operations.plan_allreduce, array, **options)
         in_background = self._checked(operations.plan_allreduce, array, **options, blocking=False)
         return PersistentPlan(self, waited_for, in_background)

@@ -199,9 +199,7 @@ class Context:
         """
         op = parse_op(op)
         if op is ReduceOp.ADASUM:
-            raise ValueError(
-                f"{collective}: op must work element by element, got adasum; combine whole gradients in the optimizer"
-            )
+            raise ValueError(f"{collective}: op must work element by element, got adasum; use allreduce, which has it")
         check_op(op, dtype)
         return op
 

@@ -19,13 +19,13 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from mpitrain.collectives.layout import Layout
 from mpitrain.schedules import Algorithm, Receive, Round, Send
 
-__all__ = ["Program", "Transfer", "compile_program", "touched_chunks"]
+__all__ = ["Program", "Transfer", "compile_program", "compile_rounds", "touched_chunks"]
 
 
 class Transfer(NamedTuple):
@@ -107,7 +107,12 @@ def compile_program(
         root: Same on every rank; ignored by algorithms without one.
         num_segments: For algorithms that pipeline by themselves; same on every rank.
     """
-    rounds = list(algorithm.rounds_of(rank, size, root=root, num_segments=num_segments))
+    rounds = algorithm.rounds_of(rank, size, root=root, num_segments=num_segments)
+    return compile_rounds(list(rounds), layout, segment_count)
+
+
+def compile_rounds(rounds: Sequence[Round], layout: Layout, segment_count: int) -> Program:
+    """Compile rounds of one rank that are no schedule of their own; the arguments are those of `compile_program`."""
     pieces = [piece for a_round in rounds for piece in _pieces(a_round, layout, segment_count)]
     waits, releases = _dependencies(pieces)
     reduce_counts = [piece.count for piece in pieces if piece.reduce]

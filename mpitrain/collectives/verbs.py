@@ -20,9 +20,10 @@ class Collectives(abc.ABC):
     """Every collective in its forms; the class that inherits them says how a plan is run.
 
     What holds for all of them. `array` is a NumPy array or a torch CPU tensor, contiguous. `op` is "sum", "average",
-    "min", "max" or "product". `algorithm` is a name of the registry of schedules, "native" for the MPI library's
-    own collective, or "auto". `root`, `op`, `algorithm`, dtype and (unless said otherwise) shape must be the same on
-    every rank. Results are new arrays of the same library and dtype, except for names that end in `_`.
+    "min", "max" or "product", and for all-reduces also "adasum". `algorithm` is a name of the registry of schedules,
+    "native" for the MPI library's own collective, or "auto". `root`, `op`, `algorithm`, dtype and (unless said
+    otherwise) shape must be the same on every rank. Results are new arrays of the same library and dtype, except for
+    names that end in `_`.
 
     Raises, in all of them:
         ValueError, TypeError: A bad argument, on the rank that brought it; the others raise a
@@ -40,13 +41,31 @@ class Collectives(abc.ABC):
     def _start(self, make_plan: Callable[..., Plan[Result]], *arguments: Any, **options: Any) -> Handle[Result]:
         """Make a plan and start it."""
 
-    def allreduce(self, array: Any, *, op: str | ReduceOp = "sum", algorithm: str = "auto") -> Any:
-        """Reduce the arrays of all ranks; every rank returns the result."""
-        return self._run(operations.plan_allreduce, array, op=op, algorithm=algorithm)
+    def allreduce(
+        self,
+        array: Any,
+        *,
+        op: str | ReduceOp = "sum",
+        algorithm: str = "auto",
+        parts: Sequence[int] | None = None,
+    ) -> Any:
+        """Reduce the arrays of all ranks; every rank returns the result.
 
-    def allreduce_(self, array: Any, *, op: str | ReduceOp = "sum", algorithm: str = "auto") -> Any:
-        """Reduce the arrays of all ranks in place; every rank returns its own `array`."""
-        return self._run(operations.plan_allreduce, array, op=op, algorithm=algorithm, in_place=True)
+        `parts` is for "adasum", which does not work element by element: counts of the vectors that `array` holds one
+        after another, each of which is combined by itself. Same on every rank.
+        """
+        return self._run(operations.plan_allreduce, array, op=op, algorithm=algorithm, parts=parts)
+
+    def allreduce_(
+        self,
+        array: Any,
+        *,
+        op: str | ReduceOp = "sum",
+        algorithm: str = "auto",
+        parts: Sequence[int] | None = None,
+    ) -> Any:
+        """Reduce the arrays of all ranks in place; every rank returns its own `array`. See `allreduce`."""
+        return self._run(operations.plan_allreduce, array, op=op, algorithm=algorithm, parts=parts, in_place=True)
 
     def allreduce_async(self, array: Any, **options: Any) -> Handle[Any]:
         """Start an `allreduce`, with its options."""

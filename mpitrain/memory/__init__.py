@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mpitrain.memory.adasum import add_weighted, inner_products
 from mpitrain.memory.arrays import FlatArray, allocate_like, copy_of, flat_view
 from mpitrain.memory.dtypes import DTYPES, DType, as_dtype, dtype_named, dtype_of_numpy, dtype_of_torch
 from mpitrain.memory.reduction import ReduceOp, check_op, divide_by, parse_op, reduce_into, scale
@@ -16,6 +17,7 @@ __all__ = [
     "ScratchPool",
     "SharedArray",
     "SharedBlock",
+    "add_weighted",
     "allocate_like",
     "allocate_window",
     "as_dtype",
@@ -27,6 +29,7 @@ __all__ = [
     "dtype_of_torch",
     "flat_view",
     "free_shared_nbytes",
+    "inner_products",
     "parse_op",
     "reduce_into",
     "scale",

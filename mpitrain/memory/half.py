@@ -15,7 +15,7 @@ from mpitrain.memory.blocks import BLOCK_COUNT, apply_in_place, blocks, quiet
 from mpitrain.memory.dtypes import DType
 from mpitrain.memory.loaded import TorchModule, loaded_torch
 
-__all__ = ["by_number_half", "extreme_half", "reduce_half"]
+__all__ = ["by_number_half", "extreme_half", "narrow_half", "reduce_half", "widen_half"]
 
 Storage: TypeAlias = NDArray[Any]
 Tensor: TypeAlias = Any
@@ -77,6 +77,25 @@ def _by_number_blocks(data: Storage, ufunc: np.ufunc, number: float, dtype: DTyp
             np.copyto(values, part)
             ufunc(values, number, out=values)
             np.copyto(part, values, casting="unsafe")
+
+
+def widen_half(data: Storage, wide: Storage, dtype: DType) -> None:
+    """Write float16 or bfloat16 `data` to `wide`, of float64."""
+    if dtype.name == "bfloat16":
+        bits = np.empty(data.size, np.uint32)
+        _widen(data, bits)
+        np.copyto(wide, bits.view(np.float32))
+    else:
+        np.copyto(wide, data)
+
+
+def narrow_half(wide: Storage, data: Storage, dtype: DType) -> None:
+    """Round `wide`, of float64, to nearest even into float16 or bfloat16 `data`."""
+    if dtype.name == "bfloat16":
+        bits = wide.astype(np.float32).view(np.uint32)
+        _narrow(bits, np.empty_like(bits), data)
+    else:
+        np.copyto(data, wide, casting="unsafe")
 
 
 def _widen(bits: Storage, wide: Storage) -> None:

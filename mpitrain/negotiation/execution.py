@@ -131,7 +131,9 @@ def _run_allreduce(comm: Communicator, entries: Sequence[Entry]) -> Task[list[Re
         buffer = _pack(sources, targets)
         if announcement.prescale != 1.0:
             scale(buffer.data, announcement.prescale, buffer.dtype)
-        parts.append(comm.allreduce_async_(buffer, op=_op_of_sum(announcement)))
+        # A fused buffer is one array to elementwise reductions only.
+        counts = [source.count for source in sources] if announcement.op == "adasum" else None
+        parts.append(comm.allreduce_async_(buffer, op=_op_of_sum(announcement), parts=counts))
         buffers.append((buffer, targets))
     return _finish_allreduce(comm, announcement, results, parts, buffers)
 

@@ -36,6 +36,7 @@ from mpitrain.torch.functions import (
 from mpitrain.torch.handles import poll, synchronize
 from mpitrain.torch.optimizer import DistributedOptimizer
 from mpitrain.torch.reductions import (
+    Adasum,
     Average,
     Max,
     Min,
@@ -72,6 +73,7 @@ from mpitrain.torch.world import (
 )
 
 __all__ = [
+    "Adasum",
     "Average",
     "Compression",
     "DistributedOptimizer",

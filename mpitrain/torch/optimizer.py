@@ -161,7 +161,9 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
             f"got {gradient_predivide_factor} with {op.name.lower()}; leave one out"
         )
     if op is ReduceOp.ADASUM:
-        raise ValueError("op: adasum is not elementwise and not available here, got Adasum; use Average or Sum")
+        raise ValueError(
+            "op: adasum is not elementwise and not available here, got Adasum; use it in hvd.allreduce, or Average here"
+        )
     name_of = _names(optimizer, named_parameters)
     original = type(optimizer)
     made: Any = object.__new__(type(original.__name__, (_Distributed, original), {"__module__": original.__module__}))

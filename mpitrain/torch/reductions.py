@@ -20,6 +20,7 @@ from mpitrain.torch.starting import only_result, start_named
 from mpitrain.torch.world import ProcessSet, global_process_set
 
 __all__ = [
+    "Adasum",
     "Average",
     "Max",
     "Min",
@@ -39,6 +40,7 @@ __all__ = [
 
 Average = ReduceOp.AVERAGE
 Sum = ReduceOp.SUM
+Adasum = ReduceOp.ADASUM
 Min = ReduceOp.MIN
 Max = ReduceOp.MAX
 Product = ReduceOp.PRODUCT
@@ -93,7 +95,9 @@ def allreduce(
         average: Older spelling of `op`: True is `Average`, False is `Sum`.
         name: Same on every rank.
         compression: How the tensor travels.
-        op: `Average` (default), `Sum`, `Min`, `Max` or `Product`. Averages of integers are truncated toward zero.
+        op: `Average` (default), `Sum`, `Adasum`, `Min`, `Max` or `Product`. Averages of integers are truncated toward
+            zero. `Adasum` takes floating-point tensors, and any number of ranks: where that is no power of two, the
+            first ranks are combined in pairs before.
         prescale_factor: Multiplies the tensor before the reduction.
         postscale_factor: Multiplies the result.
         process_set: Whose ranks take part.
@@ -163,7 +167,7 @@ def grouped_allreduce(
     postscale_factor: float = 1.0,
     process_set: ProcessSet = global_process_set,
 ) -> list[Tensor]:
-    """Reduce several tensors together, all or none; see `allreduce`."""
+    """Reduce several tensors together, all or none; see `allreduce`. `Adasum` combines each tensor by itself."""
     pairs = [compression.compress(tensor) for tensor in tensors]
     compressed = [tensor for tensor, _ in pairs]
     handle = grouped_allreduce_async(compressed, average, name, op, prescale_factor, postscale_factor, process_set)
@@ -196,6 +200,8 @@ def reducescatter_async(
     postscale_factor: float = 1.0,
 ) -> int:
     """Start a `reducescatter`; returns a handle."""
+    if op == Adasum:
+        raise ValueError("Reducescatter does not support Adasum, which combines whole tensors; use allreduce")
     if tensor.dim() == 0:
         raise ValueError("Reducescatter does not support scalar inputs, got shape (); reshape the tensor")
     return start_named(
@@ -261,7 +267,4 @@ def _reduction(average: bool | None, op: ReduceOp | int | None) -> ReduceOp:
             raise ValueError("The op parameter supersedes average, got both; pass op only")
         warnings.warn("Parameter `average` has been replaced with `op`", DeprecationWarning, stacklevel=4)
         return Average if average else Sum
-    reduction = Average if op is None else parse_op(op)
-    if reduction is ReduceOp.ADASUM:
-        raise ValueError("op: adasum is not elementwise and not available here, got Adasum; use Average or Sum")
-    return reduction
+    return Average if op is None else parse_op(op)

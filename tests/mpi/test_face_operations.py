@@ -288,12 +288,6 @@ def test_reducescatter_even_and_uneven():
         hvd.reducescatter(torch.tensor(1.0))
 
 
-@pytest.mark.parametrize("operation", [hvd.allreduce, hvd.reducescatter])
-def test_adasum_is_refused(operation):
-    with pytest.raises(ValueError, match="adasum"):
-        operation(torch.zeros(3), op=2)
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 def test_broadcast_from_every_root(shape):
     for root in range(hvd.size()):

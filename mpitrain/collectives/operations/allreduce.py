@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from mpitrain.collectives.context import Context
 from mpitrain.collectives.direct import Reduction
 from mpitrain.collectives.executor import Task
 from mpitrain.collectives.layout import Layout, even_counts
+from mpitrain.collectives.operations.adasum import plan_adasum
 from mpitrain.collectives.plan import Call, Plan
 from mpitrain.collectives.selection import NATIVE
-from mpitrain.memory import FlatArray, ReduceOp, SharedArray, copy_of, divide_by, flat_view
+from mpitrain.memory import FlatArray, ReduceOp, SharedArray, check_op, copy_of, divide_by, flat_view, parse_op
 
 __all__ = ["plan_allreduce"]
 
@@ -23,6 +25,7 @@ def plan_allreduce(
     algorithm: str = "auto",
     blocking: bool = True,
     in_place: bool = False,
+    parts: Sequence[int] | None = None,
 ) -> Plan[Any]:
     """Prepare an all-reduce of `array`.
 
@@ -34,12 +37,20 @@ def plan_allreduce(
         blocking: Whether the plan is made to be waited for at once; same on every rank.
         in_place: Each run reduces what `array` holds then, and replaces it. Else the array is copied now,
             and the plan is good for one run.
+        parts: For adasum, counts of the vectors that the array holds; same on every rank. See `plan_adasum`.
 
     Raises:
         ValueError, TypeError: Bad argument.
     """
     view = flat_view(copy_of(array) if not in_place else array, writable=True)
     dtype = view.dtype
+    if parse_op(op) is ReduceOp.ADASUM:
+        check_op(ReduceOp.ADASUM, dtype)
+        if algorithm != "auto":
+            raise ValueError(f"algorithm: adasum has one of its own, got {algorithm!r}; leave it out")
+        return plan_adasum(context, view, parts, f"allreduce adasum of {dtype} {list(view.shape)}")
+    if parts is not None:
+        raise ValueError(f"parts: are for adasum, got {list(parts)} for {parse_op(op).name.lower()}; leave them out")
     op = context.check_reduction("allreduce", op, dtype)
     if algorithm == "auto":
         algorithm = context.settings.algorithm

@@ -122,7 +122,17 @@ MISTAKES = {
     "op": (ValueError, lambda comm, form: form(comm, "allreduce", zeros(3), op="median")),
     "op of the training layers": (
         ValueError,
-        lambda comm, form: form(comm, "allreduce", zeros(3), op="adasum"),
+        lambda comm, form: form(comm, "reduce_scatter", zeros(3), op="adasum"),
+    ),
+    "parts": (ValueError, lambda comm, form: form(comm, "allreduce", zeros(3), op="adasum", parts=[1, 1])),
+    "parts of a sum": (ValueError, lambda comm, form: form(comm, "allreduce", zeros(3), parts=[3])),
+    "algorithm of adasum": (
+        ValueError,
+        lambda comm, form: form(comm, "allreduce", zeros(3), op="adasum", algorithm="ring"),
+    ),
+    "adasum of dtype": (
+        TypeError,
+        lambda comm, form: form(comm, "allreduce", zeros(3, dtype=np.int64), op="adasum"),
     ),
     "op of dtype": (
         TypeError,
