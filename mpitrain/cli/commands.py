@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import click
 
 import mpitrain
+from mpitrain.cli.bench import bench
 from mpitrain.cli.job import JobError, meet
 from mpitrain.cli.options import parse_nbytes_option
 from mpitrain.cli.tune import Request, tune_job
@@ -68,6 +69,9 @@ def tune(**options: Any) -> None:
     request = Request(**options)
     meet(request)
     tune_job(request, settings)
+
+
+commands.add_command(bench)
 
 
 def run() -> NoReturn:

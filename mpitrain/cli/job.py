@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-__all__ = ["JobError", "meet"]
+from mpitrain.collectives import Communicator
+
+__all__ = ["JobError", "check_writable", "meet", "on_rank_0"]
 
 
 class JobError(Exception):
@@ -46,3 +51,33 @@ def meet(request: Any, problem: str = "") -> None:
                 "rank 0; start all ranks with one command",
                 is_speaker=is_speaker,
             )
+
+
+def on_rank_0(comm: Communicator, function: Callable[[], None], subject: str, remedy: str) -> None:
+    """Call a function on rank 0 that reads or writes files. Every rank must call.
+
+    Raises:
+        JobError: It could not; on every rank.
+    """
+    problem = ""
+    if comm.rank == 0:
+        try:
+            function()
+        except OSError as error:
+            problem = f"{subject}, got {error}; {remedy}"
+    problem = comm.broadcast_obj(problem)
+    if problem:
+        raise JobError(problem, is_speaker=comm.rank == 0)
+
+
+def check_writable(path: Path) -> None:
+    """Fail now rather than after minutes of measuring.
+
+    Raises:
+        OSError: The file cannot be made there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(21, "is a directory", str(path))
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(13, "not writable", str(path.parent))

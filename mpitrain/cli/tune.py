@@ -5,19 +5,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime as dt
-import os
 import platform
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 
 import rich.console
 
 import mpitrain
+from mpitrain.bench.measure import sizes_between
 from mpitrain.cli.console import make_console
-from mpitrain.cli.job import JobError
+from mpitrain.cli.job import JobError, check_writable, on_rank_0
 from mpitrain.cli.tune_tables import progress, table_of_choices, table_of_times
-from mpitrain.cli.tuning import Effort, Measurement, keys_of, measure, sizes_up_to, steps_of
+from mpitrain.cli.tuning import Effort, Measurement, keys_of, measure, steps_of
 from mpitrain.collectives import Communicator
 from mpitrain.collectives.table import Key, Shape, Steps, Table
 from mpitrain.collectives.table_file import Machine, read_table, store_table, table_path
@@ -25,11 +24,13 @@ from mpitrain.config import Settings
 
 __all__ = ["Request", "tune_job"]
 
+_SMALLEST_NBYTES = 8
 _THOROUGH = Effort(factor=2, passes=3, rounds=(2, 9))
 _QUICK = Effort(factor=8, passes=2, rounds=(2, 7))
 # Half of the times differ by more than this from others of the same: worth a warning, and worth nothing at all.
 _NOISY = 0.1
 _TOO_NOISY = 0.5
+_CANNOT_STORE = ("table: cannot be stored", "name another place with --output")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,7 @@ def tune_job(request: Request, settings: Settings) -> None:
     machine = Machine.here(comm.transport)
     path = request.output or table_path(machine, settings)
     if not request.dry_run:
-        _on_rank_0(comm, lambda: _check_writable(path))
+        on_rank_0(comm, lambda: check_writable(path), *_CANNOT_STORE)
     console = make_console() if comm.rank == 0 else rich.console.Console(quiet=True)
     measurements = _measure(comm, request, console)
     choices = {key: steps_of(rows) for key, rows in measurements.items()}
@@ -76,14 +77,14 @@ def tune_job(request: Request, settings: Settings) -> None:
             is_speaker=comm.rank == 0,
         )
     if not request.dry_run:
-        _on_rank_0(comm, lambda: _store(machine, choices, path))
+        on_rank_0(comm, lambda: _store(machine, choices, path), *_CANNOT_STORE)
         console.print(f"stored in {path}", soft_wrap=True, highlight=False)
     comm.free()
 
 
 def _measure(comm: Communicator, request: Request, console: rich.console.Console) -> dict[Key, list[Measurement]]:
     effort = _QUICK if request.quick else _THOROUGH
-    sizes = sizes_up_to(request.max_nbytes, effort.factor)
+    sizes = sizes_between(_SMALLEST_NBYTES, request.max_nbytes, effort.factor)
     keys = keys_of(comm, request.collectives)
     measurements: dict[Key, list[Measurement]] = {}
     with (
@@ -105,13 +106,6 @@ def _ignore(_key: Key, _nbytes: int) -> None:
     """Only rank 0 shows how far the measurements are."""
 
 
-def _check_writable(path: Path) -> None:
-    """Fail now rather than after minutes of measuring."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(13, "not writable", str(path.parent))
-
-
 def _store(machine: Machine, choices: dict[Key, Steps], path: Path) -> None:
     versions = {
         "mpitrain": mpitrain.__version__,
@@ -124,16 +118,3 @@ def _store(machine: Machine, choices: dict[Key, Steps], path: Path) -> None:
     with contextlib.suppress(FileNotFoundError, ValueError):
         table = read_table(path, machine).updated(table)
     store_table(table, path)
-
-
-def _on_rank_0(comm: Communicator, function: Callable[[], None]) -> None:
-    """Call a function on rank 0; where it fails all ranks raise."""
-    problem = ""
-    if comm.rank == 0:
-        try:
-            function()
-        except OSError as error:
-            problem = f"table: cannot be stored, got {error}; name another place with --output"
-    problem = comm.broadcast_obj(problem)
-    if problem:
-        raise JobError(problem, is_speaker=comm.rank == 0)

@@ -14,11 +14,10 @@ from mpitrain.collectives import Communicator
 from mpitrain.collectives.table import Key, Shape, Steps
 from mpitrain.errors import UnavailableError
 
-__all__ = ["COLLECTIVES", "Effort", "Measurement", "keys_of", "measure", "sizes_up_to", "steps_of"]
+__all__ = ["COLLECTIVES", "Effort", "Measurement", "keys_of", "measure", "steps_of"]
 
 COLLECTIVES = ("allreduce", "broadcast", "allgather", "reduce_scatter")
 
-_SMALLEST_NBYTES = 8
 # Where all algorithms are limited by bandwidth: their ratios change little from here, so what leads at the largest
 # size that was measured leads at all above, and who lags behind more and more will not catch up.
 _SETTLED_NBYTES = 256 << 10
@@ -62,16 +61,6 @@ class Measurement:
     nbytes: int
     times_s: Mapping[str, float]
     noise: float = 0.0
-
-
-def sizes_up_to(max_nbytes: int, factor: int) -> list[int]:
-    """Return the sizes to measure, ascending; the last is `max_nbytes`."""
-    sizes = []
-    nbytes = _SMALLEST_NBYTES
-    while nbytes < max_nbytes:
-        sizes.append(nbytes)
-        nbytes *= factor
-    return [*sizes, max_nbytes]
 
 
 def keys_of(comm: Communicator, collectives: Sequence[str]) -> list[Key]:

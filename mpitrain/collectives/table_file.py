@@ -16,7 +16,7 @@ from mpitrain.collectives.table import FORMAT_VERSION, Table
 from mpitrain.comm import Transport
 from mpitrain.config import Settings, cache_folder
 
-__all__ = ["Machine", "load_table", "read_table", "store_table", "table_path"]
+__all__ = ["Machine", "load_table", "read_table", "store_table", "store_text", "table_path"]
 
 _log = logging.getLogger("mpitrain")
 
@@ -103,18 +103,26 @@ def read_table(path: Path, machine: Machine) -> Table:
 
 
 def store_table(table: Table, path: Path) -> None:
-    """Write a file whole or not at all, so that no reader ever sees a part of it.
+    """Write a file; see `store_text`.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    store_text(json.dumps(table.to_json(), indent=1) + "\n", path)
+
+
+def store_text(text: str, path: Path) -> None:
+    """Write a file, and its folder, whole or not at all, so that no reader ever sees a part of it.
 
     Raises:
         OSError: It cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(table.to_json(), indent=1) + "\n"
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
-        # Only the owner may read a temporary file, which is too strict for a table.
+        # Only the owner may read a temporary file, which is too strict for results.
         Path(name).chmod(0o644)
         Path(name).replace(path)
     except BaseException:

@@ -113,6 +113,12 @@ def test_choices_of_the_command_are_collectives():
         (["tune", "--collective", "allsum"], "mpitrain: Invalid value for '--collective'"),
         (["tune", "--minutes", "0"], "mpitrain: Invalid value for '--minutes'"),
         (["tune"], "mpitrain: ranks: need at least 2, got 1; use mpirun -np 2 mpitrain tune"),
+        (["bench", "allgather"], "mpitrain: ranks: need at least 2, got 1; use mpirun -np 2 mpitrain bench allgather"),
+        (["bench", "allsum"], "mpitrain: No such command 'allsum'"),
+        (["bench", "allreduce", "--sizes", "-8:1K"], "mpitrain: Invalid value for '--sizes': must be a number of byt"),
+        (["bench", "allreduce", "--sizes", "1M:1K"], "mpitrain: Invalid value for '--sizes': the smaller size comes"),
+        (["bench", "allreduce", "--ops", "mean"], "mpitrain: op: unknown reduction, got 'mean'"),
+        (["bench", "allreduce", "--memory", "disk"], "mpitrain: memory: unknown, got 'disk'"),
         ([], "mpitrain: Missing command"),
     ],
 )
@@ -131,6 +137,7 @@ def test_wrong_use_is_one_message_and_status_2(arguments, message):
         (["tune", "--bogus"], {}, "mpitrain: No such option"),
         (["tune"], {"MPITRAIN_WAIT": "never"}, "mpitrain: MPITRAIN_WAIT: must be auto, spin or sleep"),
         (["tune", "--output", "/dev/null/table.json"], {}, "mpitrain: table: cannot be stored"),
+        (["bench", "allreduce", "--algorithms", "fast"], {}, "mpitrain: algorithm of allreduce: unknown, got 'fast'"),
     ],
 )
 def test_of_several_ranks_one_says_what_is_wrong(arguments, variables, message):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mpitrain.bench.stopwatch import Times
 from mpitrain.cli import tuning
-from mpitrain.cli.tuning import COLLECTIVES, Effort, Measurement, keys_of, measure, sizes_up_to, steps_of
+from mpitrain.cli.tuning import COLLECTIVES, Effort, Measurement, keys_of, measure, steps_of
 from mpitrain.collectives.table import Key, Shape, Table
 from tests.support.ranks import SETTINGS, run_communicators
 
@@ -92,14 +92,6 @@ def test_no_other_sequence_loses_less(times, noise):
     # Whatever was measured, the table accepts it.
     table = Table("", {}, dt.date(2026, 1, 1), {KEY: steps_of(rows)})
     assert [table.lookup("allreduce", nbytes, KEY.shape, blocking=True) for nbytes in sizes] == list(taken)
-
-
-@pytest.mark.parametrize(
-    ("max_nbytes", "factor", "expected"),
-    [(8, 2, [8]), (3, 2, [3]), (64, 2, [8, 16, 32, 64]), (100, 8, [8, 64, 100])],
-)
-def test_sizes_end_with_the_largest(max_nbytes, factor, expected):
-    assert sizes_up_to(max_nbytes, factor) == expected
 
 
 def test_hopeless_algorithms_are_dropped_where_bandwidth_decides():
