@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
+from mpitrain.collectives import Communicator
 from mpitrain.memory import ReduceOp, parse_op
+from mpitrain.torch.arguments import Reduction, check_passes, groups_of_arguments, names_of
 from mpitrain.torch.compression import Compression, Compressor
-from mpitrain.torch.reducer import GradientReducer, Scaling
+from mpitrain.torch.reducer import GradientReducer
 from mpitrain.torch.reductions import Average
-from mpitrain.torch.world import ProcessSet, communicator, global_process_set, negotiator_of
+from mpitrain.torch.world import ProcessSet, communicator, global_process_set, is_initialized, negotiator_of
 
 __all__ = ["DistributedOptimizer"]
+
+Tensor = torch.Tensor
 
 
 class _Distributed(torch.optim.Optimizer):
     """What is mixed into the class of the wrapped optimizer."""
 
+    _reduction: Reduction
+    _passes: int
+    _name_of: dict[Tensor, str]
+    _local: set[Tensor]
     _reducer: GradientReducer | None
-    _name_of: dict[torch.Tensor, str]
+    _group_ref: Callable[[], Communicator | None]
     _is_synchronized: bool
     _should_synchronize: bool
 
@@ -34,7 +42,7 @@ class _Distributed(torch.optim.Optimizer):
             closure: Evaluates the model anew and returns the loss; its gradients are averaged each time.
         """
         if self._should_synchronize:
-            if self._is_synchronized and self._reducer is not None:
+            if self._is_synchronized and self._current_reducer() is not None:
                 warnings.warn(
                     "optimizer.step() called without optimizer.skip_synchronize() context after "
                     "optimizer.synchronize(). This can cause training slowdown. You may want to consider using "
@@ -67,14 +75,19 @@ class _Distributed(torch.optim.Optimizer):
         """Wait until all gradients are averaged; afterwards they may be read and changed, clipped for example.
 
         Raises:
-            HorovodInternalError: The ranks could not exchange messages.
+            HorovodInternalError: Ranks have different parameters (in the first step), or could not exchange messages;
+                on every rank.
+            NotInitializedError: After `shutdown`.
         """
-        if self._reducer is not None:
-            self._reducer.synchronize()
-            parameters = _trained(self, self._name_of)
-            if not self._reducer.has_all(parameters):
+        reducer = self._current_reducer()
+        if reducer is not None:
+            reducer.synchronize()
+            parameters = self._reduced_parameters()
+            if not reducer.has_all(parameters):
                 # Parameter groups were added, or parameters unfrozen.
-                self._reducer.extend(parameters)
+                reducer.extend(parameters)
+            if self._reduction.scale_local and not self._is_synchronized:
+                self._scale_local_gradients()
         self._is_synchronized = True
 
     @contextlib.contextmanager
@@ -100,11 +113,9 @@ class _Distributed(torch.optim.Optimizer):
             AssertionError: Gradients of a backward pass have been taken, and not been waited for since by `step` or
                 `synchronize`.
         """
-        if self._reducer is not None and self._reducer.is_in_flight:
-            raise AssertionError(
-                "optimizer.zero_grad() was called after loss.backward() but before optimizer.step() or "
-                "optimizer.synchronize(). This is prohibited as it can cause a race condition."
-            )
+        self._refuse_in_flight("zero_grad() was called")
+        if is_initialized():
+            self._current_reducer()
         self._is_synchronized = False
         super().zero_grad(set_to_none)
 
@@ -114,138 +125,149 @@ class _Distributed(torch.optim.Optimizer):
         Raises:
             ValueError: Below 1.
         """
-        _check_passes(passes)
+        check_passes(passes)
+        self._passes = passes
         if self._reducer is not None:
-            self._reducer.passes = passes
-            self._reducer.reset()
+            self._reducer.expect(passes)
+
+    def register_local_var(self, param: Tensor) -> None:
+        """Leave the gradient of a parameter alone: it is of this rank only, and so is the parameter.
+
+        On every rank, between steps. The other ranks are told with the next step.
+
+        Args:
+            param: One of the optimizer's. Unless `scale_local_gradients=False`, its gradient is divided by the number
+                of ranks, which makes it part of an average like those of the other parameters.
+
+        Raises:
+            ValueError: No parameter of the optimizer.
+            AssertionError: Between a backward pass and the end of its step.
+        """
+        if not any(param is mine for group in self.param_groups for mine in group["params"]):
+            raise ValueError(
+                f"register_local_var: must be a parameter of the optimizer, got one of shape {list(param.shape)}; "
+                "pass it to the optimizer, too"
+            )
+        self._refuse_in_flight("register_local_var() was called")
+        self._local.add(param)
+        if self._reducer is not None:
+            self._reducer.give_up([param])
+            self._group_ref = _no_group
+
+    def _refuse_in_flight(self, call: str) -> None:
+        if self._reducer is not None and self._reducer.is_in_flight:
+            raise AssertionError(
+                f"optimizer.{call} after loss.backward() but before optimizer.step() or "
+                "optimizer.synchronize(). This is prohibited as it can cause a race condition."
+            )
+
+    def _current_reducer(self) -> GradientReducer | None:
+        """Return what reduces the gradients among the ranks there are now; None if this is the only one."""
+        process_set = self._reduction.process_set
+        if process_set.process_set_id is not None and not process_set.included():
+            return None
+        group = negotiator_of(process_set, "DistributedOptimizer").group
+        if self._group_ref() is not group:
+            # At first, and after another shutdown and init.
+            self._group_ref = weakref.ref(group)
+            self._reducer = None
+            if group.size > 1:
+                self._reducer = GradientReducer(self._reduced_parameters(), group, self._reduction, self._passes)
+        return self._reducer
+
+    def _reduced_parameters(self) -> list[tuple[str, Tensor]]:
+        """Return (name, parameter) of the parameters that have gradients, which are reduced."""
+        return [
+            (self._name_of.get(param, f"allreduce.noname.{index}.{position}"), param)
+            for index, group in enumerate(self.param_groups)
+            for position, param in enumerate(group["params"])
+            if param.requires_grad and param not in self._local
+        ]
+
+    def _scale_local_gradients(self) -> None:
+        group = self._group_ref()
+        for param in self._local:
+            if param.grad is not None and group is not None:
+                param.grad = param.grad.detach().div_(group.size)
 
 
 def DistributedOptimizer(  # noqa: N802  (Horovod's name)
     optimizer: torch.optim.Optimizer,
-    named_parameters: Iterable[tuple[str, torch.Tensor]] | None = None,
+    named_parameters: Iterable[tuple[str, Tensor]] | None = None,
     compression: type[Compressor] = Compression.none,
     backward_passes_per_step: int = 1,
     op: ReduceOp = Average,
     gradient_predivide_factor: float = 1.0,
+    num_groups: int = 0,
+    groups: int | Sequence[Sequence[Tensor]] | None = None,
+    sparse_as_dense: bool = False,
     process_set: ProcessSet = global_process_set,
+    scale_local_gradients: bool = True,
 ) -> Any:
     """Wrap an optimizer so that it steps with gradients reduced over all ranks.
 
-    Every rank must call, in the same order if there are several optimizers. The result is an instance of the
-    optimizer's own class, with its parameter groups and its state. Communication runs while the backward pass does.
+    The result is an instance of the optimizer's own class, with its parameter groups and its state. Communication runs
+    while the backward pass does, from the second step on. Every rank must make its steps; those of several optimizers
+    in the same order at first. After `shutdown` and `init` it goes on with the ranks there are then.
 
     Args:
         optimizer: Any `torch.optim.Optimizer`.
         named_parameters: Names for messages; all parameters of the optimizer if given.
-        compression: `Compression.none`, `.fp16` or `.bf16`: how floating-point gradients travel.
+        compression: `Compression.none`, `.fp16` or `.bf16`: how floating-point gradients travel. Or a class with static
+            methods `compress(tensor)`, which returns a tensor and a context, and `decompress(tensor, context)`; its
+            gradients travel one by one.
         backward_passes_per_step: Backward passes whose gradients are summed locally before they are reduced.
         op: `Average`, `Sum`, `Min`, `Max` or `Product`.
         gradient_predivide_factor: Part of the division of an average that is done before the sum: gradients are
             multiplied by 1/factor before, and by factor/size after it.
+        num_groups: Older spelling of `groups`.
+        groups: Gradients that are reduced together when all of a group have come: lists of parameters, or a number of
+            groups into which the parameters are cut in their order. The default makes groups of a useful size.
+        sparse_as_dense: Reduce sparse gradients as dense ones, which is faster for those that are not very sparse;
+            else their entries are gathered. They are sparse again afterwards.
         process_set: Whose ranks take part; on other ranks the optimizer stays what it is.
+        scale_local_gradients: See `register_local_var` of the optimizer.
 
     Raises:
         NotInitializedError: Before `init`.
         ValueError: Names that are missing, repeated or no pairs, or an argument out of range.
-        CollectiveMismatchError: Ranks have different parameters; on every rank.
     """
     communicator()
-    _check_passes(backward_passes_per_step)
-    _check_compression(compression)
+    check_passes(backward_passes_per_step)
     op = parse_op(op)
     if isinstance(optimizer, _Distributed):
         raise ValueError(f"optimizer: is distributed already, got {optimizer!r}; wrap the original one")  # noqa: TRY004
-    if gradient_predivide_factor != 1.0 and op is not Average:
-        raise ValueError(
-            "gradient_predivide_factor not supported with op != Average, "
-            f"got {gradient_predivide_factor} with {op.name.lower()}; leave one out"
-        )
     if op is ReduceOp.ADASUM:
         raise ValueError(
             "op: adasum is not elementwise and not available here, got Adasum; use it in hvd.allreduce, or Average here"
         )
-    name_of = _names(optimizer, named_parameters)
+    reduction = Reduction(
+        op=op,
+        process_set=process_set,
+        compression=compression,
+        predivide=gradient_predivide_factor,
+        groups=groups_of_arguments(groups, num_groups),
+        sparse_as_dense=sparse_as_dense,
+        scale_local=scale_local_gradients,
+    )
+    state = {
+        "_reduction": reduction,
+        "_passes": backward_passes_per_step,
+        "_name_of": names_of(optimizer, named_parameters),
+        "_local": set(),
+        "_reducer": None,
+        "_group_ref": _no_group,
+        "_is_synchronized": False,
+        "_should_synchronize": True,
+    }
     original = type(optimizer)
     made: Any = object.__new__(type(original.__name__, (_Distributed, original), {"__module__": original.__module__}))
     # A learning rate scheduler puts a step of its own into the original, which would go past this one's.
     kept = {name: value for name, value in vars(optimizer).items() if name != "step"}
-    state = {
-        "_is_synchronized": False,
-        "_should_synchronize": True,
-        "_reducer": None,
-        "_name_of": name_of,
-    }
     vars(made).update(kept, **state)
-    if process_set.process_set_id is None or process_set.included():
-        group = negotiator_of(process_set, "DistributedOptimizer").group
-        if group.size > 1:
-            scaling = _scaling(op, group.size, gradient_predivide_factor, compression)
-            parameters = _trained(made, name_of)
-            vars(made)["_reducer"] = GradientReducer(parameters, group, scaling, backward_passes_per_step)
+    made._current_reducer()  # noqa: SLF001  (its hooks are to see the first backward pass)
     return made
 
 
-def _scaling(op: ReduceOp, size: int, predivide: float, compression: type[Compressor]) -> Scaling:
-    wire_dtype = compression.wire_dtype
-    if op is not Average:
-        return Scaling(op.name.lower(), wire_dtype=wire_dtype)
-    if predivide == 1.0:
-        # Dividing before the sum keeps small dtypes from overflowing, and costs nothing on the way into the bucket.
-        return Scaling(before=1.0 / size, wire_dtype=wire_dtype)
-    return Scaling(before=1.0 / predivide, after=predivide / size, wire_dtype=wire_dtype)
-
-
-def _names(
-    optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, torch.Tensor]] | None
-) -> dict[torch.Tensor, str]:
-    """Return the name of each parameter that has one."""
-    if named_parameters is None:
-        return {}
-    pairs = list(named_parameters)
-    if not all(_is_named(pair) for pair in pairs):
-        raise ValueError(
-            "named_parameters should be a sequence of tuples (name, parameter), usually produced by "
-            f"model.named_parameters(), got {pairs[:1]}"
-        )
-    counts = collections.Counter(name for name, _ in pairs)
-    repeated = sorted(name for name, count in counts.items() if count > 1)
-    if repeated:
-        raise ValueError(f"Parameter names in named_parameters must be unique. Found duplicates: {', '.join(repeated)}")
-    name_of = {param: name for name, param in pairs}
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    unnamed = [param for param in params if param not in name_of]
-    if unnamed:
-        raise ValueError(
-            "named_parameters was specified, but one or more model parameters were not named: "
-            f"{len(unnamed)} of {len(params)}, the first of shape {list(unnamed[0].shape)}; name all or none"
-        )
-    return name_of
-
-
-def _trained(optimizer: torch.optim.Optimizer, name_of: Mapping[torch.Tensor, str]) -> list[tuple[str, torch.Tensor]]:
-    """Return (name, parameter) of the optimizer's parameters that have gradients."""
-    return [
-        (name_of.get(param, f"allreduce.noname.{index}.{position}"), param)
-        for index, group in enumerate(optimizer.param_groups)
-        for position, param in enumerate(group["params"])
-        if param.requires_grad
-    ]
-
-
-def _is_named(pair: object) -> bool:
-    return isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)
-
-
-def _check_compression(compression: type[Compressor]) -> None:
-    # Gradients are cast on their way into the buckets; a method that does anything else is never called.
-    known = (Compression.none, Compression.fp16, Compression.bf16)
-    if compression not in known:
-        raise ValueError(
-            f"compression: must be Compression.none, .fp16 or .bf16, got {compression!r}; "
-            "compress in the loop for now, with the operations"
-        )
-
-
-def _check_passes(passes: int) -> None:
-    if passes < 1:
-        raise ValueError(f"backward_passes_per_step: must be at least 1, got {passes}; 1 steps after every pass")
+def _no_group() -> None:
+    return None

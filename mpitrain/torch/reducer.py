@@ -5,84 +5,37 @@ bucket, scaled and cast in the same pass. A bucket that is full is all-reduced a
 that the ranks of a node share. Buckets start in one order on all ranks, whatever the order in which they fill, so
 nothing needs to be negotiated.
 
-Until a step's buckets are synchronized, `param.grad` of a gradient in flight is None: nobody can read or change half
-a sum. Then it is a view of the bucket; no copy is made.
+From the hook on, `param.grad` is the gradient's place in the bucket; no further copy is made. Its contents are in flux
+until the step's gradients are synchronized.
+
+The first step is different: its backward pass shows in which order gradients come and which are sparse. The ranks
+then agree, lay out the buckets, and reduce all gradients at once. Nothing is communicated before.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import Any
 
-import numpy as np
 import torch
 
-from mpitrain.collectives import Communicator, Handle, PersistentPlan
-from mpitrain.errors import CollectiveMismatchError, NotInitializedError
+from mpitrain.collectives import Communicator
+from mpitrain.errors import CollectiveMismatchError
 from mpitrain.memory import SharedArray, as_dtype
+from mpitrain.torch.arguments import Reduction
 from mpitrain.torch.buckets import bucket_layout
+from mpitrain.torch.named_gradients import NamedGradients
+from mpitrain.torch.slots import Bucket, Slot
 
-__all__ = ["GradientReducer", "Scaling"]
+__all__ = ["GradientReducer"]
 
 Tensor = torch.Tensor
 
 # Buckets begin on cache lines.
 _LINE_NBYTES = 64
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Scaling:
-    """How gradients are reduced.
-
-    Attributes:
-        op: Name of the reduction, "sum" for averages, too.
-        before: Factor that a gradient is multiplied by on its way into the bucket.
-        after: Factor for the reduced bucket.
-        wire_dtype: Dtype in which floating-point gradients travel; None for their own.
-    """
-
-    op: str = "sum"
-    before: float = 1.0
-    after: float = 1.0
-    wire_dtype: torch.dtype | None = None
-
-
-class _Slot:
-    """The place of one parameter's gradient."""
-
-    __slots__ = ("bucket", "has_arrived", "name", "param", "passes_left", "position", "view")
-
-    def __init__(self, position: int, name: str, param: Tensor) -> None:
-        self.position = position
-        self.name = name
-        self.param = param
-        self.passes_left = 0
-        self.has_arrived = False
-        # Position among the buckets; the bucket itself would make a cycle, which dies late.
-        self.bucket = -1
-        self.view: Tensor
-
-
-class _Bucket:
-    """Gradients that are reduced together."""
-
-    __slots__ = ("buffer", "handle", "missing", "plan", "slots")
-
-    def __init__(self, position: int, slots: list[_Slot], buffer: Tensor, plan: PersistentPlan) -> None:
-        self.slots = slots
-        self.buffer = buffer
-        self.plan = plan
-        self.missing = len(slots)
-        self.handle: Handle[Any] | None = None
-        offset = 0
-        for slot in slots:
-            count = slot.param.numel()
-            slot.bucket = position
-            slot.view = buffer[offset : offset + count].view(slot.param.shape)
-            offset += count
 
 
 class GradientReducer:
@@ -93,47 +46,41 @@ class GradientReducer:
     Args:
         parameters: (name, parameter) pairs, the same on every rank.
         group: Its ranks take part; a duplicate is used.
-        scaling: Same on every rank.
+        reduction: Same on every rank.
         passes: Backward passes per step, same on every rank; gradients of the earlier ones are summed locally.
-
-    Raises:
-        CollectiveMismatchError: Ranks have different parameters, scaling or passes; on every rank.
     """
 
     def __init__(
-        self, parameters: Sequence[tuple[str, Tensor]], group: Communicator, scaling: Scaling, passes: int
+        self, parameters: Sequence[tuple[str, Tensor]], group: Communicator, reduction: Reduction, passes: int
     ) -> None:
         self._group = group
-        self._scaling = scaling
+        self._reduction = reduction
+        self._before, self._after = reduction.factors(group.size)
         self.passes = passes
-        # All ranks agree once, here, so that no operation needs a check of its own.
-        self._check_same(parameters)
-        self._comm = group.duplicate(group.settings.replace(check=False))
+        self._comm: Communicator | None = None
         self._ended = ""
-        self._slots: list[_Slot] = []
-        self._slot_of: dict[Tensor, _Slot] = {}
+        self._slots: list[Slot] = []
+        self._slot_of: dict[Tensor, Slot] = {}
         self._hooks: list[Any] = []
-        # Positions in the order of buckets, and those whose gradients have come in a pass that teaches it.
-        self._order: list[int] = []
-        self._arrivals: list[int] | None = []
-        self._asked: Handle[Any] | None = None
-        self._buckets: list[_Bucket] = []
-        self._memory: SharedArray | None = None
+        self._named = NamedGradients(reduction, group.size)
+        self._buckets: list[Bucket] = []
         self._next = 0
+        self._memory: SharedArray | None = None
+        # Positions of the slots in the order of the buckets.
+        self._order: list[int] = []
+        # Those whose gradients have come in a step whose order is to be learned; None once it is known.
+        self._arrivals: list[int] | None = []
+        # Whether a gradient has come that is not synchronized yet.
+        self.is_in_flight = False
         group.before_leaving(self.leave)
-        # Backward passes usually make gradients in the opposite order of the parameters; the first one will tell.
-        self._build(list(reversed(self._add(parameters))))
+        self._add(parameters)
         _alive.add(self)
 
-    @property
-    def is_in_flight(self) -> bool:
-        """Whether a gradient has been taken that is not synchronized yet."""
-        return any(slot.has_arrived for slot in self._slots)
-
-    def reset(self) -> None:
-        """Expect `passes` backward passes from now on."""
+    def expect(self, passes: int) -> None:
+        """Expect so many backward passes per step from now on."""
+        self.passes = passes
         for slot in self._slots:
-            slot.passes_left = self.passes
+            slot.passes_left = passes
 
     def synchronize(self) -> None:
         """Wait until all gradients are reduced; afterwards every parameter has its gradient.
@@ -141,41 +88,29 @@ class GradientReducer:
         A parameter without a gradient on this rank takes part with zeros. Every rank must call.
 
         Raises:
+            CollectiveMismatchError: Ranks have different parameters or arguments; on every rank, in the first step.
             CommError: The ranks could not exchange messages.
-            NotInitializedError, RuntimeError: The reducer has ended.
+            RuntimeError: The parameters belong to another reducer.
         """
-        for bucket in self._buckets:
-            for slot in bucket.slots:
-                if not slot.has_arrived:
-                    self._take(slot)
-        self._launch()
-        for bucket in self._buckets:
-            assert bucket.handle is not None
-            bucket.handle.wait()
-            self._hand_out(bucket)
-        self._next = 0
-        self.reset()
-        # Asked in one step and answered by the next, so that no step waits for what another rank has not started.
-        if self._asked is not None:
-            self._learn_order(self._asked)
-        elif self._arrivals is not None:
-            self._ask_order(self._arrivals)
+        self._check_alive()
+        if self._arrivals is None:
+            self._reduce([slot for slot in self._slots if not slot.has_arrived])
+        else:
+            is_learned = self._learn(self._arrivals)
+            self._reduce(self._slots)
+            # A step without a backward pass teaches nothing.
+            self._arrivals = None if is_learned else []
 
     def extend(self, parameters: Sequence[tuple[str, Tensor]]) -> None:
         """Take on those parameters that are new, and reduce the gradients that they have by now.
 
         Every rank must call, after `synchronize`, if any of the parameters is new.
         """
-        new = [pair for pair in parameters if pair[1] not in self._slot_of]
-        self._check_same(new)
-        added = self._add(new)
-        order = [*self._order, *reversed(added)]
-        if self._asked is not None:
-            self._asked.wait()
-        self._asked = self._arrivals = None
-        self._build(list(reversed(added)))
-        self.synchronize()
-        self._build(order)
+        added = self._add([pair for pair in parameters if pair[1] not in self._slot_of])
+        self._agree(added, [])
+        self._build([slot.position for slot in reversed(added)])
+        self._reduce(added)
+        # Where the new ones come among the others, the next step will tell.
         self._arrivals = []
 
     def has_all(self, parameters: Sequence[tuple[str, Tensor]]) -> bool:
@@ -183,81 +118,115 @@ class GradientReducer:
         return all(param in self._slot_of for _, param in parameters)
 
     def leave(self, reason: str) -> None:
-        """Tell the others that no more gradients come from this rank."""
+        """Tell the others that no more gradients come from this rank, and let go of the parameters."""
         if not self._ended:
-            self._ended = f"this rank {reason}"
-            self._comm.leave(reason)
+            self._retire(f"this rank {reason}")
+            if self._comm is not None:
+                self._comm.leave(reason)
 
     def give_up(self, params: Sequence[Tensor]) -> None:
         """Retire if one of the parameters is among its own: two reducers would take the gradient from each other."""
         if any(param in self._slot_of for param in params):
-            self._ended = "its parameters were given to another one"
-            for hook in self._hooks:
-                hook.remove()
-            _alive.discard(self)
+            self._retire("its parameters were given to another one")
+
+    def _retire(self, reason: str) -> None:
+        self._ended = reason
+        self.is_in_flight = False
+        for hook in self._hooks:
+            hook.remove()
+        _alive.discard(self)
 
     def _check_alive(self) -> None:
         if self._ended:
-            error = NotInitializedError if self._ended.startswith("this rank") else RuntimeError
-            raise error(f"optimizer: cannot be used any more, {self._ended}; wrap the optimizer again")
+            raise RuntimeError(f"optimizer: cannot be used any more, {self._ended}; wrap the optimizer again")
 
-    def _add(self, parameters: Sequence[tuple[str, Tensor]]) -> list[int]:
-        """Make slots for parameters, and return their positions."""
+    # What the first step settles
+
+    def _add(self, parameters: Sequence[tuple[str, Tensor]]) -> list[Slot]:
+        """Make slots for parameters."""
         slots = [
-            _Slot(position, name, param) for position, (name, param) in enumerate(parameters, start=len(self._slots))
+            Slot(position, name, param) for position, (name, param) in enumerate(parameters, start=len(self._slots))
         ]
         for other in list(_alive):
             if other is not self:
                 other.give_up([slot.param for slot in slots])
-        # The hooks do not keep the reducer alive: a parameter whose optimizer is gone is one like any other.
+        # The hooks keep nothing alive: a parameter whose optimizer is gone is one like any other.
         on_gradient = _weak_hook(weakref.WeakMethod(self._on_gradient))
         for slot in slots:
+            slot.passes_left = self.passes
             self._slots.append(slot)
             self._slot_of[slot.param] = slot
-            hook = slot.param.register_post_accumulate_grad_hook(on_gradient)  # type: ignore[no-untyped-call]
-            self._hooks.append(hook)
-        return [slot.position for slot in slots]
+            self._hooks.append(slot.param.register_hook(_guard(weakref.ref(slot))))  # type: ignore[no-untyped-call]
+            self._hooks.append(slot.param.register_post_accumulate_grad_hook(on_gradient))  # type: ignore[no-untyped-call]
+        return slots
 
-    def _check_same(self, parameters: Sequence[tuple[str, Tensor]]) -> None:
-        mine = [f"{self._scaling}, {self.passes} backward passes per step"]
-        mine += [f"{name}: {param.dtype} {list(param.shape)}" for name, param in parameters]
-        everybodys = self._group.allgather_obj(mine)
-        for rank, others in enumerate(everybodys):
-            if others != everybodys[0]:
-                pairs = zip_longest(everybodys[0], others, fillvalue="nothing")
+    def _learn(self, arrivals: list[int]) -> bool:
+        """Lay out the buckets in the order in which gradients have come; whether any rank had some."""
+        orders = self._agree(self._slots, arrivals)
+        # Where nothing is known: backward passes usually make gradients in the opposite order of the parameters.
+        arrivals = next((order for order in orders if order), [])
+        rest = set(range(len(self._slots))) - set(arrivals)
+        self._build(arrivals + sorted(rest, reverse=True))
+        return bool(arrivals)
+
+    def _agree(self, slots: Sequence[Slot], arrivals: list[int]) -> list[list[int]]:
+        """Tell one another about slots: check what must be the same, and join what each has seen.
+
+        Returns:
+            The arrivals of each rank.
+        """
+        facts = [f"{self._reduction.describe(self._group.size)}, {self.passes} backward passes per step"]
+        facts += [f"groups of positions {self._reduction.groups_among([slot.param for slot in self._slots])}"]
+        facts += [slot.describe() for slot in slots]
+        grads = [(slot.position, slot.param.grad) for slot in slots]
+        sparse = {position: grad.sparse_dim() for position, grad in grads if grad is not None and grad.is_sparse}
+        everybodys = self._group.allgather_obj((facts, sparse, arrivals))
+        for rank, (others, _, _) in enumerate(everybodys):
+            if others != everybodys[0][0]:
+                pairs = zip_longest(everybodys[0][0], others, fillvalue="nothing")
                 here, there = next(pair for pair in pairs if pair[0] != pair[1])
                 raise CollectiveMismatchError(
                     "optimizer: ranks have different parameters or arguments; wrap the same on every rank\n"
                     f"  rank 0: {here}\n  rank {rank}: {there}"
                 )
+        for _, others_sparse, _ in everybodys:
+            for position, sparse_dim in others_sparse.items():
+                self._slots[position].sparse_dim = sparse_dim
+        return [order for _, _, order in everybodys]
 
     def _build(self, order: list[int]) -> None:
         """Lay out the buckets for gradients that come in this order."""
+        if self._comm is None:
+            # All ranks have agreed already, so that no operation needs a check of its own.
+            self._comm = self._group.duplicate(self._group.settings.replace(check=False))
+        self._order = order
+        slots = [self._slots[position] for position in order]
+        for slot in slots:
+            slot.bucket = -1
+        slots = [slot for slot in slots if not self._reduction.travels_by_name(is_sparse=slot.sparse_dim > 0)]
+        dtypes = [self._reduction.wire_dtype(slot.param) for slot in self._slots]
         settings = self._comm.settings
-        dtypes = [self._wire_dtype(slot.param) for slot in self._slots]
-        sizes = [(slot.param.numel() * dtype.itemsize, dtype) for slot, dtype in zip(self._slots, dtypes, strict=True)]
         layout = bucket_layout(
-            sizes,
-            order,
+            [(slot.param.numel() * dtype.itemsize, dtype) for slot, dtype in zip(self._slots, dtypes, strict=True)],
+            [slot.position for slot in slots],
             bucket_nbytes=settings.bucket_nbytes,
             first_bucket_nbytes=settings.first_bucket_nbytes,
+            groups=self._reduction.groups_among([slot.param for slot in self._slots]),
         )
-        self._order = order
-        self._buckets = []
         counts = [sum(self._slots[position].param.numel() for position in members) for members in layout]
         nbytes_of = [
             _aligned(count * dtypes[members[0]].itemsize) for members, count in zip(layout, counts, strict=True)
         ]
         memory = self._memory_of(sum(nbytes_of))
+        self._buckets = []
+        self._next = 0
         offset = 0
         for members, count, nbytes in zip(layout, counts, nbytes_of, strict=True):
             array = memory.part(as_dtype(dtypes[members[0]]), offset, count)
             offset += nbytes
-            plan = self._comm.plan_allreduce_(array, op=self._scaling.op)
-            slots = [self._slots[position] for position in members]
-            self._buckets.append(_Bucket(len(self._buckets), slots, array.tensor(), plan))
-        self._next = 0
-        self.reset()
+            plan = self._comm.plan_allreduce_(array, op=self._reduction.op_in_buckets)
+            in_bucket = [self._slots[position] for position in members]
+            self._buckets.append(Bucket(len(self._buckets), in_bucket, array.tensor(), plan))
 
     def _memory_of(self, nbytes: int) -> SharedArray:
         """Return the memory for all buckets, which the node shares; the same as before as long as it suffices."""
@@ -271,80 +240,52 @@ class GradientReducer:
             self._memory = self._group.allocate(nbytes + len(self._slots) * _LINE_NBYTES, "uint8")
         return self._memory
 
-    def _wire_dtype(self, param: Tensor) -> torch.dtype:
-        wire_dtype = self._scaling.wire_dtype
-        return wire_dtype if wire_dtype is not None and param.dtype.is_floating_point else param.dtype
+    # What happens in every step
 
     def _on_gradient(self, param: Tensor) -> None:
         slot = self._slot_of[param]
-        if slot.has_arrived:
-            raise AssertionError(
-                "Gradients were computed more than backward_passes_per_step times before call to step(). "
-                f"Increase backward_passes_per_step to accumulate gradients locally (parameter {slot.name!r})."
-            )
-        self._check_alive()
         slot.passes_left -= 1
-        if slot.passes_left:
+        if slot.passes_left > 0:
             return
+        slot.has_arrived = self.is_in_flight = True
         if self._arrivals is not None:
             self._arrivals.append(slot.position)
-        self._take(slot)
-        self._launch()
-
-    def _take(self, slot: _Slot) -> None:
-        """Move a parameter's gradient into its bucket."""
-        # Of a backward pass that creates a graph, the value is taken.
-        grad = None if slot.param.grad is None else slot.param.grad.detach()
-        if grad is None:
-            slot.view.zero_()
-        elif grad.is_sparse:
-            raise TypeError(
-                f"gradient of {slot.name!r}: must be dense, got {grad.layout}; make the layer with sparse=False"
-            )
-        elif self._scaling.before == 1.0:
-            slot.view.copy_(grad)
         else:
-            torch.mul(grad, self._scaling.before, out=slot.view)
-        slot.param.grad = None
-        slot.has_arrived = True
-        self._buckets[slot.bucket].missing -= 1
+            self._take(slot)
+            self._launch()
+
+    def _reduce(self, missing: Sequence[Slot]) -> None:
+        """Reduce all gradients, of which some have not been taken yet, to the end."""
+        try:
+            for slot in missing:
+                self._take(slot)
+            self._launch()
+            unchanged = [bucket.finish(self._after) for bucket in self._buckets]
+            self._named.finish()
+        finally:
+            self._next = 0
+            self.is_in_flight = False
+            for slot in self._slots:
+                slot.has_arrived = False
+                slot.passes_left = self.passes
+        if not all(unchanged):
+            warnings.warn(
+                "Gradients were changed while they were being reduced, so they are not what they should be. "
+                "Call optimizer.synchronize() before you change them, and step in optimizer.skip_synchronize().",
+                stacklevel=4,
+            )
+
+    def _take(self, slot: Slot) -> None:
+        if slot.bucket < 0:
+            self._named.start(slot)
+        else:
+            self._buckets[slot.bucket].take(slot, self._before)
 
     def _launch(self) -> None:
         """Start the buckets that are full and whose turn it is."""
-        self._check_alive()
         while self._next < len(self._buckets) and not self._buckets[self._next].missing:
-            bucket = self._buckets[self._next]
-            bucket.handle = bucket.plan.start()
+            self._buckets[self._next].start()
             self._next += 1
-
-    def _hand_out(self, bucket: _Bucket) -> None:
-        if self._scaling.after != 1.0:
-            bucket.buffer.mul_(self._scaling.after)
-        for slot in bucket.slots:
-            is_own_dtype = bucket.buffer.dtype == slot.param.dtype
-            # One that was frozen has no gradient, or the optimizer would go on changing it.
-            if slot.param.requires_grad:
-                slot.param.grad = slot.view if is_own_dtype else slot.view.to(slot.param.dtype)
-            slot.has_arrived = False
-        bucket.missing = len(bucket.slots)
-        bucket.handle = None
-
-    def _ask_order(self, arrivals: list[int]) -> None:
-        """Start telling all ranks the order of rank 0's first backward pass."""
-        order = np.full(len(self._slots), -1, np.int64)
-        order[: len(arrivals)] = arrivals
-        self._asked = self._comm.broadcast_async_(order)
-        self._arrivals = None
-
-    def _learn_order(self, asked: Handle[Any]) -> None:
-        """Lay the buckets out anew in the order that all ranks have been told."""
-        arrivals = [int(position) for position in asked.wait() if position >= 0]
-        self._asked = None
-        if not arrivals:
-            self._arrivals = []  # a step without a backward pass teaches nothing
-            return
-        unused = set(self._order) - set(arrivals)
-        self._build(arrivals + sorted(unused, reverse=True))
 
 
 def _aligned(nbytes: int) -> int:
@@ -361,3 +302,16 @@ def _weak_hook(method: Callable[[], Callable[[Tensor], None] | None]) -> Callabl
             alive(param)
 
     return on_gradient
+
+
+def _guard(slot_ref: Callable[[], Slot | None]) -> Callable[[Tensor], None]:
+    """Return a hook that refuses a gradient before it is added to one that is being reduced."""
+
+    def on_backward(_grad: Tensor) -> None:
+        if (slot := slot_ref()) is not None and slot.has_arrived:
+            raise AssertionError(
+                "Gradients were computed more than backward_passes_per_step times before call to step(). "
+                f"Increase backward_passes_per_step to accumulate gradients locally (parameter {slot.name!r})."
+            )
+
+    return on_backward

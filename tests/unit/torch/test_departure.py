@@ -38,11 +38,12 @@ hvd.allreduce(torch.ones(2), name="lost")
     "gradients": """
 weight = torch.nn.Parameter(torch.ones(3))
 optimizer = hvd.DistributedOptimizer(torch.optim.SGD([weight], lr=0.1))
-hvd.barrier()
-if rank == leaver:
-    leave()
-weight.sum().backward()
-optimizer.step()
+for step in range(2):
+    hvd.barrier()
+    if rank == leaver and step == 1:
+        leave()
+    weight.sum().backward()
+    optimizer.step()
 """,
     "process set": """
 pair = hvd.add_process_set([1, leaver])
@@ -50,10 +51,10 @@ if rank == leaver:
     leave()
 hvd.allreduce(torch.ones(2), process_set=pair if rank == 1 else hvd.global_process_set)
 """,
-    "construction": """
+    "first step": """
 if rank == leaver:
     leave()
-hvd.DistributedOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(3))], lr=0.1))
+hvd.DistributedOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(3))], lr=0.1)).step()
 """,
 }
 
@@ -73,7 +74,7 @@ def run(size: int, body: str) -> tuple[int, str, float]:
 
 @pytest.mark.parametrize(
     ("waiting", "leaver", "size"),
-    [("named", 0, 3), ("named", 2, 3), ("gradients", 1, 2), ("process set", 0, 3), ("construction", 1, 2)],
+    [("named", 0, 3), ("named", 2, 3), ("gradients", 1, 2), ("process set", 0, 3), ("first step", 1, 2)],
 )
 def test_an_exception_on_one_rank_ends_the_job_with_its_name_and_reason(waiting: str, leaver: int, size: int) -> None:
     body = f"""

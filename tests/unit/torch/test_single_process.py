@@ -97,14 +97,24 @@ def test_adasum_and_unknown_reductions_are_refused():
         hvd.DistributedOptimizer(sgd(), op=17)
 
 
-def test_a_compression_that_would_be_ignored_is_refused():
-    class Own(hvd.Compression.none):
-        @classmethod
-        def compress(cls, tensor):
-            return tensor * 0, None
+def test_a_compression_must_compress():
+    with pytest.raises(
+        ValueError, match=r"compression: must be Compression\.none, .* with compress and decompress, got"
+    ):
+        hvd.DistributedOptimizer(sgd(), compression=hvd.Compression)
 
-    with pytest.raises(ValueError, match=r"compression: must be Compression\.none, \.fp16 or \.bf16, got"):
-        hvd.DistributedOptimizer(sgd(), compression=Own)
+
+def test_groups_must_be_a_number_or_different_parameters():
+    first, second = parameter(), parameter()
+    for groups, message in {
+        -1: "groups should be a non-negative integer or a list of list of torch.Tensor, got -1",
+        "ab": "groups should be a non-negative integer",
+        (1, 2): "groups should be a non-negative integer or a list",
+        ((first, 3),): "groups must consist of torch.Tensor, got int",
+        ((first, second), (first,)): r"A parameter can only appear once in groups, got one of shape \[2\]",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            hvd.DistributedOptimizer(sgd(first, second), groups=groups)
 
 
 def test_process_set_must_be_registered():

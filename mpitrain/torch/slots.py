@@ -1,0 +1,141 @@
+"""Where gradients lie: a slot per parameter, and buckets of slots that are reduced together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mpitrain.collectives import Handle, PersistentPlan
+
+__all__ = ["Bucket", "Slot"]
+
+Tensor = torch.Tensor
+
+
+class Slot:
+    """The place of one parameter's gradient.
+
+    Args:
+        position: Among the slots of the reducer.
+        name: Of the parameter.
+        param: The parameter.
+
+    Attributes:
+        passes_left: Backward passes to come before the gradient is reduced.
+        has_arrived: Whether all passes have come, and the gradient is not synchronized yet.
+        sparse_dim: Number of sparse dimensions of the gradient; 0 if it is dense.
+        bucket: Position among the buckets; -1 if the gradient travels by name. (The bucket itself would make a cycle,
+            which dies late.)
+        view: The gradient's part of the bucket, in the shape of the parameter.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "bucket",
+        "has_arrived",
+        "name",
+        "param",
+        "passes_left",
+        "position",
+        "sparse_dim",
+        "view",
+    )
+
+    def __init__(self, position: int, name: str, param: Tensor) -> None:
+        self.position = position
+        self.name = name
+        self.param = param
+        self.passes_left = 0
+        self.has_arrived = False
+        self.sparse_dim = 0
+        self.bucket = -1
+        self.view: Tensor
+
+    def describe(self) -> str:
+        """Return what must be the same on every rank."""
+        return f"{self.name}: {self.param.dtype} {list(self.param.shape)}"
+
+
+class Bucket:
+    """Gradients that are reduced together.
+
+    Args:
+        position: Among the buckets.
+        slots: Of the gradients, in the order in which they lie in the buffer.
+        buffer: Flat; holds all of them.
+        plan: All-reduces the buffer.
+
+    Attributes:
+        missing: How many gradients are not in the buffer yet.
+        handle: Of the reduction in flight.
+    """
+
+    __slots__ = ("_version", "buffer", "handle", "missing", "plan", "slots")
+
+    def __init__(self, position: int, slots: list[Slot], buffer: Tensor, plan: PersistentPlan) -> None:
+        self.slots = slots
+        self.buffer = buffer
+        self.plan = plan
+        self.missing = len(slots)
+        self.handle: Handle[Any] | None = None
+        self._version = 0
+        offset = 0
+        for slot in slots:
+            count = slot.param.numel()
+            slot.bucket = position
+            slot.view = buffer[offset : offset + count].view(slot.param.shape)
+            offset += count
+
+    def take(self, slot: Slot, factor: float) -> None:
+        """Move a gradient into the bucket, multiplied by `factor`; `param.grad` is its place in the bucket then."""
+        param, view = slot.param, slot.view
+        grad = param.grad
+        if grad is None:
+            view.zero_()
+        elif grad is not view or factor != 1.0:
+            # Of a backward pass that creates a graph, the value is taken.
+            grad = grad.detach()
+            if grad.is_sparse:
+                slot.sparse_dim = grad.sparse_dim()
+                grad = grad.to_dense()
+            if factor == 1.0:
+                view.copy_(grad)
+            else:
+                torch.mul(grad, factor, out=view)
+        if not param.requires_grad:
+            param.grad = None
+        elif view.dtype == param.dtype:
+            param.grad = view
+        self.missing -= 1
+
+    def start(self) -> None:
+        """Start the reduction; all gradients are in the bucket."""
+        self._version = self.buffer._version  # noqa: SLF001  (torch has no other way to ask)
+        self.handle = self.plan.start()
+
+    def finish(self, factor: float) -> bool:
+        """Wait for the reduction, multiply the result by `factor`, and hand the gradients out.
+
+        Returns:
+            Whether nobody has changed the gradients meanwhile.
+        """
+        assert self.handle is not None
+        self.handle.wait()
+        self.handle = None
+        self.missing = len(self.slots)
+        is_unchanged = self.buffer._version == self._version  # noqa: SLF001
+        if factor != 1.0:
+            self.buffer.mul_(factor)
+        for slot in self.slots:
+            param, view = slot.param, slot.view
+            # One that was frozen has no gradient, or the optimizer would go on changing it.
+            if not param.requires_grad:
+                continue
+            if slot.sparse_dim:
+                param.grad = view.to(param.dtype).to_sparse(slot.sparse_dim)
+            elif view.dtype != param.dtype:
+                param.grad = view.to(param.dtype)
+            elif param.grad is not view:
+                param.grad = view
+        return is_unchanged
