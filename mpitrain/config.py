@@ -10,7 +10,14 @@ from pathlib import Path
 
 from mpitrain.aliases import settings_from_aliases, unused_aliases
 
-__all__ = ["PREFIX", "Settings", "cache_folder", "prepare_mpi_wheel", "unused_horovod_variables"]
+__all__ = [
+    "PREFIX",
+    "Settings",
+    "cache_folder",
+    "copy_environment",
+    "prepare_mpi_wheel",
+    "unused_horovod_variables",
+]
 
 PREFIX = "MPITRAIN_"
 
@@ -153,6 +160,11 @@ _PARSERS: dict[str, Callable[[str], object]] = {
 def unused_horovod_variables(environ: Mapping[str, str] | None = None) -> list[str]:
     """Return the variables of Horovod that are set, and that have no effect here."""
     return unused_aliases(os.environ if environ is None else environ)
+
+
+def copy_environment() -> dict[str, str]:
+    """Return a copy of the environment, for processes that this one starts."""
+    return dict(os.environ)
 
 
 def cache_folder(environ: Mapping[str, str] | None = None) -> Path:

@@ -12,6 +12,7 @@ operation that was called correctly derives from `MpitrainError`:
     |       `-- CommRevokedError    another rank gave this communicator up
     |-- CheckpointError             a checkpoint cannot be written or read, or does not fit
     |-- HostsUpdatedInterrupt       the ranks of an elastic job are about to change
+    |-- LaunchError                 a job cannot be started
     |-- NotInitializedError         a call before init() (also a ValueError)
     `-- UnavailableError            something this machine or installation lacks
 
@@ -28,6 +29,7 @@ __all__ = [
     "CommRevokedError",
     "CommTimeoutError",
     "HostsUpdatedInterrupt",
+    "LaunchError",
     "MpitrainError",
     "NotInitializedError",
     "RankFailedError",
@@ -77,6 +79,10 @@ class HostsUpdatedInterrupt(MpitrainError):  # noqa: N818  (Horovod's name)
     def __init__(self, skip_sync: bool = False) -> None:
         super().__init__("the ranks of the job are about to change")
         self.skip_sync = skip_sync
+
+
+class LaunchError(MpitrainError):
+    """A job cannot be started: hosts, launcher or options are not usable."""
 
 
 class NotInitializedError(MpitrainError, ValueError):

@@ -15,6 +15,7 @@ import mpitrain
 from mpitrain.cli.bench import bench
 from mpitrain.cli.job import JobError, meet
 from mpitrain.cli.options import parse_nbytes_option
+from mpitrain.cli.run import run as run_command
 from mpitrain.cli.tune import Request, tune_job
 from mpitrain.cli.tuning import COLLECTIVES
 from mpitrain.config import Settings
@@ -72,6 +73,7 @@ def tune(**options: Any) -> None:
 
 
 commands.add_command(bench)
+commands.add_command(run_command)
 
 
 def run() -> NoReturn:

