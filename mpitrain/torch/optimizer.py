@@ -12,8 +12,10 @@ import torch
 
 from mpitrain.collectives import Communicator
 from mpitrain.memory import ReduceOp, parse_op
+from mpitrain.torch.adasum import combine_changes
 from mpitrain.torch.arguments import Reduction, check_passes, groups_of_arguments, names_of
 from mpitrain.torch.compression import Compression, Compressor
+from mpitrain.torch.passes import BackwardPasses
 from mpitrain.torch.reducer import GradientReducer
 from mpitrain.torch.reductions import Average
 from mpitrain.torch.world import ProcessSet, communicator, global_process_set, is_initialized, negotiator_of
@@ -30,7 +32,7 @@ class _Distributed(torch.optim.Optimizer):
     _passes: int
     _name_of: dict[Tensor, str]
     _local: set[Tensor]
-    _reducer: GradientReducer | None
+    _reducer: BackwardPasses | None
     _group_ref: Callable[[], Communicator | None]
     _is_synchronized: bool
     _should_synchronize: bool
@@ -161,7 +163,7 @@ class _Distributed(torch.optim.Optimizer):
                 "optimizer.synchronize(). This is prohibited as it can cause a race condition."
             )
 
-    def _current_reducer(self) -> GradientReducer | None:
+    def _current_reducer(self) -> BackwardPasses | None:
         """Return what reduces the gradients among the ranks there are now; None if this is the only one."""
         process_set = self._reduction.process_set
         if process_set.process_set_id is not None and not process_set.included():
@@ -172,8 +174,11 @@ class _Distributed(torch.optim.Optimizer):
             self._group_ref = weakref.ref(group)
             self._reducer = None
             if group.size > 1:
-                self._reducer = GradientReducer(self._reduced_parameters(), group, self._reduction, self._passes)
+                self._reducer = self._make_reducer(group)
         return self._reducer
+
+    def _make_reducer(self, group: Communicator) -> BackwardPasses:
+        return GradientReducer(self._reduced_parameters(), group, self._reduction, self._passes)
 
     def _reduced_parameters(self) -> list[tuple[str, Tensor]]:
         """Return (name, parameter) of the parameters that have gradients, which are reduced."""
@@ -189,6 +194,26 @@ class _Distributed(torch.optim.Optimizer):
         for param in self._local:
             if param.grad is not None and group is not None:
                 param.grad = param.grad.detach().div_(group.size)
+
+
+class _DistributedAdasum(_Distributed):
+    """The same for Adasum, which combines what each rank's step with its own gradients has changed."""
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step with the gradients of this rank as the wrapped optimizer does, then combine the changes of all ranks."""
+        if self._current_reducer() is None:
+            return super().step(closure)
+        parameters = self._reduced_parameters()
+        before = [param.detach().clone() for _, param in parameters]
+        loss = super().step(closure)
+        combine_changes(parameters, before, self._reduction)
+        return loss
+
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _make_reducer(self, group: Communicator) -> BackwardPasses:
+        del group
+        return BackwardPasses(self._reduced_parameters(), self._passes)
 
 
 def DistributedOptimizer(  # noqa: N802  (Horovod's name)
@@ -217,7 +242,9 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
             methods `compress(tensor)`, which returns a tensor and a context, and `decompress(tensor, context)`; its
             gradients travel one by one.
         backward_passes_per_step: Backward passes whose gradients are summed locally before they are reduced.
-        op: `Average`, `Sum`, `Min`, `Max` or `Product`.
+        op: `Average`, `Sum`, `Min`, `Max` or `Product` of the gradients; or `Adasum`: each rank steps with its own
+            gradients, and the changes that this makes to each parameter are combined, also where the optimizer keeps a
+            state of its own on each rank. Gradients are never reduced then, so `synchronize` does not wait.
         gradient_predivide_factor: Part of the division of an average that is done before the sum: gradients are
             multiplied by 1/factor before, and by factor/size after it.
         num_groups: Older spelling of `groups`.
@@ -237,10 +264,6 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
     op = parse_op(op)
     if isinstance(optimizer, _Distributed):
         raise ValueError(f"optimizer: is distributed already, got {optimizer!r}; wrap the original one")  # noqa: TRY004
-    if op is ReduceOp.ADASUM:
-        raise ValueError(
-            "op: adasum is not elementwise and not available here, got Adasum; use it in hvd.allreduce, or Average here"
-        )
     reduction = Reduction(
         op=op,
         process_set=process_set,
@@ -261,7 +284,8 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
         "_should_synchronize": True,
     }
     original = type(optimizer)
-    made: Any = object.__new__(type(original.__name__, (_Distributed, original), {"__module__": original.__module__}))
+    mixin = _DistributedAdasum if op is ReduceOp.ADASUM else _Distributed
+    made: Any = object.__new__(type(original.__name__, (mixin, original), {"__module__": original.__module__}))
     # A learning rate scheduler puts a step of its own into the original, which would go past this one's.
     kept = {name: value for name, value in vars(optimizer).items() if name != "step"}
     vars(made).update(kept, **state)

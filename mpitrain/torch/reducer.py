@@ -15,10 +15,8 @@ then agree, lay out the buckets, and reduce all gradients at once. Nothing is co
 from __future__ import annotations
 
 import warnings
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import zip_longest
-from typing import Any
 
 import torch
 
@@ -28,6 +26,7 @@ from mpitrain.memory import SharedArray, as_dtype
 from mpitrain.torch.arguments import Reduction
 from mpitrain.torch.buckets import bucket_layout
 from mpitrain.torch.named_gradients import NamedGradients
+from mpitrain.torch.passes import BackwardPasses
 from mpitrain.torch.slots import Bucket, Slot
 
 __all__ = ["GradientReducer"]
@@ -38,10 +37,8 @@ Tensor = torch.Tensor
 _LINE_NBYTES = 64
 
 
-class GradientReducer:
+class GradientReducer(BackwardPasses):
     """Reduces the gradients of some parameters on a communicator of its own.
-
-    A parameter belongs to the reducer that was made for it last; one that loses a parameter so is retired as a whole.
 
     Args:
         parameters: (name, parameter) pairs, the same on every rank.
@@ -53,15 +50,11 @@ class GradientReducer:
     def __init__(
         self, parameters: Sequence[tuple[str, Tensor]], group: Communicator, reduction: Reduction, passes: int
     ) -> None:
+        super().__init__(parameters, passes)
         self._group = group
         self._reduction = reduction
         self._before, self._after = reduction.factors(group.size)
-        self.passes = passes
         self._comm: Communicator | None = None
-        self._ended = ""
-        self._slots: list[Slot] = []
-        self._slot_of: dict[Tensor, Slot] = {}
-        self._hooks: list[Any] = []
         self._named = NamedGradients(reduction, group.size)
         self._buckets: list[Bucket] = []
         self._next = 0
@@ -70,17 +63,7 @@ class GradientReducer:
         self._order: list[int] = []
         # Those whose gradients have come in a step whose order is to be learned; None once it is known.
         self._arrivals: list[int] | None = []
-        # Whether a gradient has come that is not synchronized yet.
-        self.is_in_flight = False
         group.before_leaving(self.leave)
-        self._add(parameters)
-        _alive.add(self)
-
-    def expect(self, passes: int) -> None:
-        """Expect so many backward passes per step from now on."""
-        self.passes = passes
-        for slot in self._slots:
-            slot.passes_left = passes
 
     def synchronize(self) -> None:
         """Wait until all gradients are reduced; afterwards every parameter has its gradient.
@@ -92,11 +75,15 @@ class GradientReducer:
             CommError: The ranks could not exchange messages.
             RuntimeError: The parameters belong to another reducer.
         """
-        self._check_alive()
+        self.check_alive()
         if self._arrivals is None:
             self._reduce([slot for slot in self._slots if not slot.has_arrived])
         else:
-            is_learned = self._learn(self._arrivals)
+            try:
+                is_learned = self._learn(self._arrivals)
+            except BaseException:
+                self.end_step()
+                raise
             self._reduce(self._slots)
             # A step without a backward pass teaches nothing.
             self._arrivals = None if is_learned else []
@@ -113,52 +100,14 @@ class GradientReducer:
         # Where the new ones come among the others, the next step will tell.
         self._arrivals = []
 
-    def has_all(self, parameters: Sequence[tuple[str, Tensor]]) -> bool:
-        """Whether none of the parameters is new."""
-        return all(param in self._slot_of for _, param in parameters)
-
     def leave(self, reason: str) -> None:
         """Tell the others that no more gradients come from this rank, and let go of the parameters."""
-        if not self._ended:
-            self._retire(f"this rank {reason}")
-            if self._comm is not None:
-                self._comm.leave(reason)
-
-    def give_up(self, params: Sequence[Tensor]) -> None:
-        """Retire if one of the parameters is among its own: two reducers would take the gradient from each other."""
-        if any(param in self._slot_of for param in params):
-            self._retire("its parameters were given to another one")
-
-    def _retire(self, reason: str) -> None:
-        self._ended = reason
-        self.is_in_flight = False
-        for hook in self._hooks:
-            hook.remove()
-        _alive.discard(self)
-
-    def _check_alive(self) -> None:
-        if self._ended:
-            raise RuntimeError(f"optimizer: cannot be used any more, {self._ended}; wrap the optimizer again")
+        self.retire(f"this rank {reason}")
+        if self._comm is not None:
+            self._comm.leave(reason)
+            self._comm = None
 
     # What the first step settles
-
-    def _add(self, parameters: Sequence[tuple[str, Tensor]]) -> list[Slot]:
-        """Make slots for parameters."""
-        slots = [
-            Slot(position, name, param) for position, (name, param) in enumerate(parameters, start=len(self._slots))
-        ]
-        for other in list(_alive):
-            if other is not self:
-                other.give_up([slot.param for slot in slots])
-        # The hooks keep nothing alive: a parameter whose optimizer is gone is one like any other.
-        on_gradient = _weak_hook(weakref.WeakMethod(self._on_gradient))
-        for slot in slots:
-            slot.passes_left = self.passes
-            self._slots.append(slot)
-            self._slot_of[slot.param] = slot
-            self._hooks.append(slot.param.register_hook(_guard(weakref.ref(slot))))  # type: ignore[no-untyped-call]
-            self._hooks.append(slot.param.register_post_accumulate_grad_hook(on_gradient))  # type: ignore[no-untyped-call]
-        return slots
 
     def _learn(self, arrivals: list[int]) -> bool:
         """Lay out the buckets in the order in which gradients have come; whether any rank had some."""
@@ -242,12 +191,8 @@ class GradientReducer:
 
     # What happens in every step
 
-    def _on_gradient(self, param: Tensor) -> None:
-        slot = self._slot_of[param]
-        slot.passes_left -= 1
-        if slot.passes_left > 0:
-            return
-        slot.has_arrived = self.is_in_flight = True
+    def on_complete(self, slot: Slot) -> None:
+        """Take the gradient, and start what is full."""
         if self._arrivals is not None:
             self._arrivals.append(slot.position)
         else:
@@ -264,10 +209,7 @@ class GradientReducer:
             self._named.finish()
         finally:
             self._next = 0
-            self.is_in_flight = False
-            for slot in self._slots:
-                slot.has_arrived = False
-                slot.passes_left = self.passes
+            self.end_step()
         if not all(unchanged):
             warnings.warn(
                 "Gradients were changed while they were being reduced, so they are not what they should be. "
@@ -290,28 +232,3 @@ class GradientReducer:
 
 def _aligned(nbytes: int) -> int:
     return -(-nbytes // _LINE_NBYTES) * _LINE_NBYTES
-
-
-# The reducers that parameters belong to.
-_alive: weakref.WeakSet[GradientReducer] = weakref.WeakSet()
-
-
-def _weak_hook(method: Callable[[], Callable[[Tensor], None] | None]) -> Callable[[Tensor], None]:
-    def on_gradient(param: Tensor) -> None:
-        if (alive := method()) is not None:
-            alive(param)
-
-    return on_gradient
-
-
-def _guard(slot_ref: Callable[[], Slot | None]) -> Callable[[Tensor], None]:
-    """Return a hook that refuses a gradient before it is added to one that is being reduced."""
-
-    def on_backward(_grad: Tensor) -> None:
-        if (slot := slot_ref()) is not None and slot.has_arrived:
-            raise AssertionError(
-                "Gradients were computed more than backward_passes_per_step times before call to step(). "
-                f"Increase backward_passes_per_step to accumulate gradients locally (parameter {slot.name!r})."
-            )
-
-    return on_backward

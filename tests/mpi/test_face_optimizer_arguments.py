@@ -10,9 +10,12 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import mpitrain.torch as hvd  # noqa: E402
+from tests.support.adasum import adasum  # noqa: E402
 from tests.support.training import (  # noqa: E402
+    OPTIMIZERS,
     Net,
     assert_follows,
+    assert_same_bits,
     initialized,
     loss_of,
     needs_peers,
@@ -275,3 +278,56 @@ def test_local_parameters_must_be_the_optimizers_and_between_steps():
         with pytest.raises(AssertionError, match=r"register_local_var\(\) was called after loss.backward\(\) but"):
             optimizer.register_local_var(model.last.bias)
         optimizer.step()
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("passes", [1, 2])
+def test_adasum_combines_the_steps_of_all_ranks(kind, passes):
+    model = Net()
+    optimizer = hvd.DistributedOptimizer(
+        OPTIMIZERS[kind](model.parameters()),
+        named_parameters=model.named_parameters(),
+        op=hvd.Adasum,
+        backward_passes_per_step=passes,
+    )
+    nets = [Net() for _ in range(hvd.size())]
+    singles = [OPTIMIZERS[kind](net.parameters()) for net in nets]
+    for step in range(3):
+        starts = [parameter.detach().clone() for parameter in nets[0].parameters()]
+        for net, each, rank in [(model, optimizer, hvd.rank()), *zip(nets, singles, range(hvd.size()), strict=True)]:
+            each.zero_grad()
+            for part in range(passes):
+                loss_of(net, 10 * step + part, lambda tensor: tensor[rank :: hvd.size()]).backward()  # noqa: B023
+            # Gradients are of this rank only, so they are clipped without waiting for others.
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            each.step()
+        for index, start in enumerate(starts):
+            replicas = [list(net.parameters())[index] for net in nets]
+            changes = [(replica.detach() - start).double().numpy() for replica in replicas]
+            combined = (start.double() + torch.from_numpy(adasum(changes))).to(torch.float32)
+            with torch.no_grad():
+                for replica in replicas:
+                    replica.copy_(combined)
+    assert_follows(model, nets[0])
+
+
+@needs_peers
+def test_adasum_guards_and_leaves_alone_what_is_local():
+    model = Net()
+    optimizer = hvd.DistributedOptimizer(sgd(model.parameters()), op=hvd.Adasum, compression=hvd.Compression.fp16)
+    optimizer.register_local_var(model.last.bias)
+    start = model.last.bias.detach().clone()
+    for step in range(2):
+        optimizer.zero_grad()
+        loss_of(model, step, shard).backward()
+        with pytest.raises(AssertionError, match=r"zero_grad\(\) was called after loss.backward\(\) but before"):
+            optimizer.zero_grad()
+        with pytest.raises(AssertionError, match="more than backward_passes_per_step times"):
+            loss_of(model, step, shard).backward()
+        optimizer.synchronize()
+        with optimizer.skip_synchronize():
+            optimizer.step()
+    changes = hvd.allgather_object((model.last.bias - start).tolist())
+    assert len({tuple(change) for change in changes}) == hvd.size()
+    model.last.bias = None
+    assert_same_bits(model)
