@@ -149,7 +149,9 @@ class TrainRow:
         p5_s: 5 % of the steps are below.
         p95_s: 95 % are below.
         one_rank_s: The step on one rank while the others are idle, the same for all sides of a model.
-        communication_s: What its all-reduces take when nothing else is done.
+        exposed_s: How long, of a step, a rank was held up by communication, on average over ranks; None where that is
+            not known.
+        hidden_s: How long communication went on while nobody waited for it, as above.
         cpu: Cores that a rank kept busy, on average over ranks.
         memory_nbytes: By how much a rank's memory grew for model, optimizer and gradients; of the rank with the most.
     """
@@ -163,7 +165,8 @@ class TrainRow:
     p5_s: float
     p95_s: float
     one_rank_s: float
-    communication_s: float
+    exposed_s: float | None
+    hidden_s: float | None
     cpu: float
     memory_nbytes: int
 
@@ -194,22 +197,17 @@ class TrainRun:
         """Return the samples of all ranks."""
         return row.batch * self.setup.shape.size / row.median_s
 
-    def exposed_s(self, row: TrainRow) -> float:
-        """Return by how much a step is longer than without communication."""
+    def added_s(self, row: TrainRow) -> float:
+        """Return by how much a step is longer than that of ranks which do not communicate."""
         alone = next((each for each in self.rows if each.model == row.model and each.side == "alone"), row)
-        return max(0.0, row.median_s - alone.median_s)
-
-    def hidden_s(self, row: TrainRow) -> float:
-        """Return the part of the communication that a step does not become longer by."""
-        return max(0.0, row.communication_s - self.exposed_s(row))
+        return row.median_s - alone.median_s
 
     def derived(self, row: TrainRow) -> dict[str, float]:
         """Return what follows from a row."""
         return {
             "samples_per_s": self.samples_per_s(row),
             "efficiency": row.efficiency,
-            "exposed_s": self.exposed_s(row),
-            "hidden_s": self.hidden_s(row),
+            "added_s": self.added_s(row),
         }
 
 
@@ -286,7 +284,13 @@ def _build(kind: Any, data: Any, subject: str) -> Any:
     return kind(**data)
 
 
-_TYPES: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "bool": bool}
+_TYPES: dict[str, Any] = {
+    "int": int,
+    "float": (int, float),
+    "float | None": (int, float, type(None)),
+    "str": str,
+    "bool": bool,
+}
 
 
 def _checked(value: Any, subject: str, kind: Any) -> Any:

@@ -13,7 +13,7 @@ from mpitrain.bench.measure import Request, sizes_between
 from mpitrain.bench.operation import IN_PLACE, MEMORIES, REDUCING
 from mpitrain.bench.rivals import RIVALS
 from mpitrain.bench.stopwatch import Effort
-from mpitrain.cli.bench_job import Output, bench_collective
+from mpitrain.cli.bench_job import Output, bench_collective, bench_training
 from mpitrain.cli.job import meet
 from mpitrain.cli.options import parse_list_option, parse_sizes_option
 from mpitrain.config import Settings
@@ -111,6 +111,41 @@ def _command_of(collective: str) -> click.Command:
         command = option(command)
     text = f"Measure {collective}: every algorithm at every size, checked, then timed."
     return click.command(collective, help=text)(command)
+
+
+@bench.command()
+@_list_option("--models", "mlp,gpt,resnet", "Synthetic models, with commas between them.")
+@_list_option("--compare", "ddp", "What else to measure in the same rounds: ddp, or nothing.")
+@click.option("--batch", type=click.IntRange(min=1), help="Samples per rank and step; by default what suits the model.")
+@click.option("--threads", type=click.IntRange(min=1), help="Of each rank; by default its share of the cores.")
+@click.option("--iterations", type=click.IntRange(min=1), default=20, show_default=True, help="Steps of each side.")
+@click.option("--warmup", type=click.IntRange(min=2), default=3, show_default=True, help="Steps before those.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=20.0,
+    show_default=True,
+    help="No further steps of a model after so long.",
+)
+@_OUTPUT_OPTIONS[0]
+@_OUTPUT_OPTIONS[1]
+def train(**given: Any) -> None:
+    """Measure training steps of synthetic models.
+
+    Each rank for itself, with DistributedOptimizer, and with DistributedDataParallel: samples per second, scaling
+    efficiency against one rank, how much of the communication is exposed and hidden, cores and memory per rank.
+    """
+    settings = Settings.from_environ()
+    output = Output(given.pop("json_path"), given.pop("csv_path"))
+    iterations = given.pop("iterations")
+    effort = Effort((min(_FEWEST_ITERATIONS, iterations), iterations), given.pop("seconds"), given.pop("warmup"))
+    try:
+        from mpitrain.bench.training import TrainRequest
+    except ImportError as error:
+        raise ValueError(f"bench train: {error}") from None
+    request = TrainRequest(rivals=given.pop("compare"), effort=effort, **given)
+    meet((request, output))
+    bench_training(request, output, settings)
 
 
 for _collective in COLLECTIVES:

@@ -9,15 +9,16 @@ import platform
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import rich.console
 
 import mpitrain
 from mpitrain.bench.measure import Request, measure
-from mpitrain.bench.results import CollectiveRun, Results, Row, Setup, to_csv, to_json
+from mpitrain.bench.results import CollectiveRun, Results, Row, Setup, TrainRun, to_csv, to_json
 from mpitrain.bench.rivals import rivals_named
-from mpitrain.cli.bench_tables import collective_heading, collective_lines
+from mpitrain.cli.bench_tables import collective_heading, collective_lines, training_heading, training_lines
 from mpitrain.cli.console import make_console
 from mpitrain.cli.job import JobError, check_writable, on_rank_0
 from mpitrain.collectives import Communicator
@@ -26,7 +27,10 @@ from mpitrain.collectives.table_file import Machine, store_text
 from mpitrain.config import Settings
 from mpitrain.errors import UnavailableError
 
-__all__ = ["Output", "bench_collective"]
+if TYPE_CHECKING:
+    from mpitrain.bench.training import TrainRequest
+
+__all__ = ["Output", "bench_collective", "bench_training"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,15 +75,48 @@ def bench_collective(request: Request, compare: Sequence[str], output: Output, s
     except (ValueError, UnavailableError) as error:
         # What is refused is refused on all ranks.
         raise JobError(str(error), is_speaker=comm.rank == 0) from error
-    output.store(comm, run)
-    for path in (output.json_path, output.csv_path):
-        if path is not None:
-            console.print(f"stored in {path}", soft_wrap=True, highlight=False)
+    _store(comm, output, run, console)
     wrong = [row for row in run.rows if row.wrong > 0]
     if wrong:
         names = ", ".join(sorted({row.label for row in wrong}))
         raise JobError(f"results: wrong for {names}; see the column #wrong", is_speaker=comm.rank == 0)
     comm.free()
+
+
+def bench_training(request: TrainRequest, output: Output, settings: Settings) -> None:
+    """Measure training steps. Every rank must call.
+
+    Raises:
+        JobError: It cannot be done, or the parameters are wrong afterwards; on every rank.
+    """
+    import mpitrain.torch as hvd
+    from mpitrain.bench.training import measure_training
+
+    hvd.init(settings=settings)
+    comm = hvd.communicator()
+    output.check(comm)
+    console = make_console() if comm.rank == 0 else rich.console.Console(quiet=True)
+    run = TrainRun(setup=describe_setup(comm), rows=())
+    for line in training_heading(run):
+        console.print(line, style="bold", highlight=False, soft_wrap=True)
+    try:
+        for rows in measure_training(request):
+            run = dataclasses.replace(run, rows=(*run.rows, *rows))
+            for line in training_lines(run, rows):
+                console.print(line, highlight=False, soft_wrap=True)
+            if comm.rank == 0:
+                console.file.flush()
+    except RuntimeError as error:
+        raise JobError(str(error), is_speaker=comm.rank == 0) from error
+    _store(comm, output, run, console)
+    hvd.shutdown()
+
+
+def _store(comm: Communicator, output: Output, results: Results, console: rich.console.Console) -> None:
+    output.store(comm, results)
+    for path in (output.json_path, output.csv_path):
+        if path is not None:
+            console.print(f"stored in {path}", soft_wrap=True, highlight=False)
 
 
 def _measure(
