@@ -10,17 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpitrain.collectives import Communicator, Handle, Task
-from mpitrain.memory import (
-    FlatArray,
-    allocate_like,
-    check_op,
-    copy_of,
-    divide_by,
-    flat_view,
-    parse_op,
-    scale,
-)
+from mpitrain.memory import FlatArray, allocate_like, flat_view
 from mpitrain.negotiation.announcement import Announcement, Decision
+from mpitrain.negotiation.groups import all_results, run_allgather, run_reduce_scatter
+from mpitrain.negotiation.scaling import check_reduction, op_to_run, scale_input, scale_result
 
 __all__ = ["Entry", "Results", "run_decision"]
 
@@ -35,7 +28,7 @@ class Entry:
         announcement: What was said about it.
         arrays: Its inputs, contiguous.
         in_place: Results replace the inputs (all-reduce and broadcast).
-        handle: Gets the list of results; for an all-to-all each is a pair with the received splits.
+        handle: Gets the list of results; for an all-gather and an all-to-all each is a pair with the rows by source.
             Whoever runs the operation resolves it.
         since_s: When it was started, by the monotonic clock.
     """
@@ -61,25 +54,23 @@ def run_decision(comm: Communicator, decision: Decision, entries: Sequence[Entry
     if collective == "barrier":
         return _run_each([comm.barrier_async()])
     if collective == "allgather":
-        pairs = zip(entry.arrays, decision.rows, strict=True)
-        return _run_each([comm.allgather_async(_with_rows(array), rows=rows) for array, rows in pairs])
+        return _of_one(run_allgather(comm, entry.arrays, decision.rows))
     if collective == "alltoall":
         sent = decision.splits[comm.rank]
         received = [splits[comm.rank] for splits in decision.splits]
         return _run_each([comm.alltoall_async(array, splits=sent, received_splits=received) for array in entry.arrays])
     assert collective == "reduce_scatter"
-    return _run_reduce_scatter(comm, entry)
+    return _of_one(run_reduce_scatter(comm, entry.announcement, entry.arrays))
 
 
 def _run_each(parts: Sequence[Handle[Any]]) -> Task[list[Results]]:
-    results = yield from _all(parts)
+    results = yield from all_results(parts)
     return [results]
 
 
-def _all(parts: Sequence[Handle[Any]]) -> Task[Results]:
-    while not all(part.done for part in parts):
-        yield False
-    return [part.wait() for part in parts]
+def _of_one(task: Task[Results]) -> Task[list[Results]]:
+    results = yield from task
+    return [results]
 
 
 def _run_broadcast(comm: Communicator, entry: Entry) -> Task[list[Results]]:
@@ -88,37 +79,13 @@ def _run_broadcast(comm: Communicator, entry: Entry) -> Task[list[Results]]:
     return _run_each([start(array, root=root) for array in entry.arrays])
 
 
-def _run_reduce_scatter(comm: Communicator, entry: Entry) -> Task[list[Results]]:
-    announcement = entry.announcement
-    parts = []
-    for array in entry.arrays:
-        check_op(parse_op(announcement.op), flat_view(array).dtype)
-        scaled = array
-        if announcement.prescale != 1.0:
-            scaled = copy_of(array)
-            view = flat_view(scaled)
-            scale(view.data, announcement.prescale, view.dtype)
-        parts.append(comm.reduce_scatter_async(scaled, op=_op_of_sum(announcement)))
-    return _finish_reduce_scatter(comm, announcement, parts)
-
-
-def _finish_reduce_scatter(
-    comm: Communicator, announcement: Announcement, parts: Sequence[Handle[Any]]
-) -> Task[list[Results]]:
-    results = yield from _all(parts)
-    for result in results:
-        _scale_result(flat_view(result), announcement, comm.size)
-    return [results]
-
-
 def _run_allreduce(comm: Communicator, entries: Sequence[Entry]) -> Task[list[Results]]:
     """All-reduce every array of every entry; those of one dtype share one buffer."""
     announcement = entries[0].announcement
     inputs = [flat_view(array) for entry in entries for array in entry.arrays]
     by_dtype: dict[str, list[int]] = {}
     for index, view in enumerate(inputs):
-        # Before anything is started or changed: what has no meaning has none on any rank.
-        check_op(parse_op(announcement.op), view.dtype)
+        check_reduction(announcement, view)
         by_dtype.setdefault(view.dtype.name, []).append(index)
     results = [
         [array if entry.in_place else allocate_like(array, array.shape) for array in entry.arrays] for entry in entries
@@ -129,11 +96,10 @@ def _run_allreduce(comm: Communicator, entries: Sequence[Entry]) -> Task[list[Re
     for indices in by_dtype.values():
         sources, targets = [inputs[index] for index in indices], [outputs[index] for index in indices]
         buffer = _pack(sources, targets)
-        if announcement.prescale != 1.0:
-            scale(buffer.data, announcement.prescale, buffer.dtype)
+        scale_input(buffer, announcement)
         # A fused buffer is one array to elementwise reductions only.
         counts = [source.count for source in sources] if announcement.op == "adasum" else None
-        parts.append(comm.allreduce_async_(buffer, op=_op_of_sum(announcement), parts=counts))
+        parts.append(comm.allreduce_async_(buffer, op=op_to_run(announcement), parts=counts))
         buffers.append((buffer, targets))
     return _finish_allreduce(comm, announcement, results, parts, buffers)
 
@@ -145,26 +111,11 @@ def _finish_allreduce(
     parts: Sequence[Handle[Any]],
     buffers: Sequence[tuple[FlatArray, list[FlatArray]]],
 ) -> Task[list[Results]]:
-    yield from _all(parts)
+    yield from all_results(parts)
     for buffer, targets in buffers:
-        _scale_result(buffer, announcement, comm.size)
+        scale_result(buffer, announcement, comm.size)
         _unpack(buffer, targets)
     return results
-
-
-def _op_of_sum(announcement: Announcement) -> str:
-    """Return the reduction to run: an average is a sum that is divided afterwards, together with the scaling."""
-    return "sum" if announcement.op == "average" else announcement.op
-
-
-def _scale_result(view: FlatArray, announcement: Announcement, size: int) -> None:
-    """Divide an average and apply the factor for results, in one step: integers are truncated once."""
-    if announcement.op == "average" and announcement.postscale == 1.0:
-        divide_by(view.data, size, view.dtype)
-    elif announcement.op == "average":
-        scale(view.data, announcement.postscale / size, view.dtype)
-    elif announcement.postscale != 1.0:
-        scale(view.data, announcement.postscale, view.dtype)
 
 
 def _pack(sources: list[FlatArray], targets: list[FlatArray]) -> FlatArray:
@@ -185,8 +136,3 @@ def _unpack(buffer: FlatArray, targets: list[FlatArray]) -> None:
     for target in targets:
         target.data[:] = buffer.data[offset : offset + target.count]
         offset += target.count
-
-
-def _with_rows(array: Any) -> Any:
-    """Give an array without dimensions one row."""
-    return array if array.shape else array.reshape(1)

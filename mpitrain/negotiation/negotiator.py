@@ -106,7 +106,8 @@ class Negotiator:
             in_place: Results replace the inputs (all-reduce, broadcast), which must be contiguous.
 
         Returns:
-            Handle of a list with one result per array; of pairs with the received splits for an all-to-all.
+            Handle of a list with one result per array; for an all-gather and an all-to-all of pairs with the rows
+            that came from each rank.
 
         Raises:
             ValueError: An operation of this name is in flight here.

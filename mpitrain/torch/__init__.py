@@ -17,8 +17,6 @@ except ImportError as error:
 from mpitrain.errors import CollectiveError as HorovodInternalError
 from mpitrain.torch.compression import Compression
 from mpitrain.torch.exchanges import (
-    allgather,
-    allgather_async,
     alltoall,
     alltoall_async,
     barrier,
@@ -33,8 +31,15 @@ from mpitrain.torch.functions import (
     broadcast_optimizer_state,
     broadcast_parameters,
 )
+from mpitrain.torch.gathers import allgather, allgather_async, grouped_allgather, grouped_allgather_async
 from mpitrain.torch.handles import poll, synchronize
 from mpitrain.torch.optimizer import DistributedOptimizer
+from mpitrain.torch.reduce_scatters import (
+    grouped_reducescatter,
+    grouped_reducescatter_async,
+    reducescatter,
+    reducescatter_async,
+)
 from mpitrain.torch.reductions import (
     Adasum,
     Average,
@@ -50,9 +55,8 @@ from mpitrain.torch.reductions import (
     grouped_allreduce_,
     grouped_allreduce_async,
     grouped_allreduce_async_,
-    reducescatter,
-    reducescatter_async,
 )
+from mpitrain.torch.sparse import sparse_allreduce_async
 from mpitrain.torch.world import (
     ProcessSet,
     add_process_set,
@@ -106,10 +110,14 @@ __all__ = [
     "cross_rank",
     "cross_size",
     "global_process_set",
+    "grouped_allgather",
+    "grouped_allgather_async",
     "grouped_allreduce",
     "grouped_allreduce_",
     "grouped_allreduce_async",
     "grouped_allreduce_async_",
+    "grouped_reducescatter",
+    "grouped_reducescatter_async",
     "init",
     "is_homogeneous",
     "is_initialized",
@@ -122,5 +130,6 @@ __all__ = [
     "remove_process_set",
     "shutdown",
     "size",
+    "sparse_allreduce_async",
     "synchronize",
 ]

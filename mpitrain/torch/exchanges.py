@@ -1,22 +1,24 @@
-"""Operations that move tensors by name and reduce nothing, with Horovod's names and arguments.
+"""Broadcast, all-to-all and barrier by name, with Horovod's names and arguments.
 
-See `reductions` for how names match.
+See `reductions` for how names match. Gradients are pulled back as Horovod does: those of a broadcast are averaged over
+the ranks for the root, and zero elsewhere; those of an all-to-all are sent back where the rows came from. What is
+asynchronous or in place is outside autograd.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from mpitrain.torch.gradients import PullBack, carry_gradients
 from mpitrain.torch.handles import synchronize
-from mpitrain.torch.starting import only_result, start_named
+from mpitrain.torch.reductions import grouped_allreduce
+from mpitrain.torch.starting import Operation, only_result
 from mpitrain.torch.world import ProcessSet, global_process_set, negotiator_of
 
 __all__ = [
-    "allgather",
-    "allgather_async",
     "alltoall",
     "alltoall_async",
     "barrier",
@@ -30,39 +32,20 @@ __all__ = [
 Tensor = torch.Tensor
 
 
-def allgather_async(tensor: Tensor, name: str | None = None, process_set: ProcessSet = global_process_set) -> int:
-    """Start an `allgather`; returns a handle."""
-    return start_named("allgather", [tensor], name, process_set, only_result)
-
-
-def allgather(tensor: Tensor, name: str | None = None, process_set: ProcessSet = global_process_set) -> Tensor:
-    """Concatenate the tensors of all ranks along the first dimension, in rank order.
-
-    Args:
-        tensor: Dtype and all dimensions but the first the same on every rank. Without dimensions it is one row.
-        name: Same on every rank.
-        process_set: Whose ranks take part.
-
-    Raises:
-        HorovodInternalError: Ranks brought different things, or could not exchange messages; on every rank.
-        ValueError: Bad argument, or a name in flight.
-    """
-    return synchronize(allgather_async(tensor, name, process_set))  # type: ignore[no-any-return]
-
-
 def broadcast_async(
     tensor: Tensor, root_rank: int, name: str | None = None, process_set: ProcessSet = global_process_set
 ) -> int:
     """Start a `broadcast`; returns a handle."""
-    return start_named("broadcast", [tensor], name, process_set, only_result, root=root_of(root_rank, process_set))
+    operation = Operation("broadcast", name, process_set)
+    return operation.start([tensor], only_result, root=root_of(root_rank, process_set))
 
 
 def broadcast_async_(
     tensor: Tensor, root_rank: int, name: str | None = None, process_set: ProcessSet = global_process_set
 ) -> int:
     """Start a `broadcast_`; returns a handle."""
-    root = root_of(root_rank, process_set)
-    return start_named("broadcast", [tensor], name, process_set, only_result, root=root, in_place=True)
+    operation = Operation("broadcast", name, process_set)
+    return operation.start([tensor], only_result, root=root_of(root_rank, process_set), in_place=True)
 
 
 def broadcast(
@@ -78,9 +61,22 @@ def broadcast(
 
     Raises:
         HorovodInternalError: Ranks brought different things, or could not exchange messages; on every rank.
-        ValueError: Root out of range, or a name in flight.
+        ValueError: Root out of range, bad argument, or a name in flight.
     """
-    return synchronize(broadcast_async(tensor, root_rank, name, process_set))  # type: ignore[no-any-return]
+    operation = Operation("broadcast", name, process_set)
+    root = root_of(root_rank, process_set)
+
+    def run() -> tuple[Sequence[Tensor], PullBack]:
+        return synchronize(operation.start([tensor], list, root=root)), pull_back
+
+    def pull_back(gradients: list[Tensor], other_name: str) -> list[Tensor]:
+        averages = grouped_allreduce(gradients, name=other_name, process_set=process_set)
+        is_other = torch.tensor(operation.negotiator.comm.rank != root)
+        # Not new zeros: a backward pass of this one must reach the operation on every rank.
+        return [average.masked_fill(is_other, 0.0) for average in averages]
+
+    (result,) = carry_gradients(operation, [tensor], run)
+    return result
 
 
 def broadcast_(
@@ -97,7 +93,7 @@ def alltoall_async(
     process_set: ProcessSet = global_process_set,
 ) -> int:
     """Start an `alltoall`; returns a handle. `synchronize` always returns the pair with the received splits."""
-    return _start_alltoall(tensor, splits, name, process_set, with_splits=True)
+    return _start_alltoall(Operation("alltoall", name, process_set), tensor, splits, lambda pairs: pairs[0])
 
 
 def alltoall(
@@ -121,32 +117,44 @@ def alltoall(
         HorovodInternalError: Ranks brought different things, or could not exchange messages; on every rank.
         ValueError: Splits that do not fit, or a name in flight.
     """
-    handle = _start_alltoall(tensor, splits, name, process_set, with_splits=splits is not None)
-    return synchronize(handle)  # type: ignore[no-any-return]
+    operation = Operation("alltoall", name, process_set)
+
+    def run() -> tuple[Sequence[Tensor], PullBack]:
+        output, received = synchronize(_start_alltoall(operation, tensor, splits, only_result))
+        row_count = tensor.shape[0]
+
+        def pull_back(gradients: list[Tensor], other_name: str) -> list[Tensor]:
+            (gradient,) = gradients
+            returned, _ = alltoall(gradient, received, other_name, process_set)
+            unsent = row_count - returned.shape[0]
+            return [torch.cat([returned, returned.new_zeros(unsent, *returned.shape[1:])]) if unsent else returned]
+
+        return (output, received), pull_back
+
+    output, received = carry_gradients(operation, [tensor], run)
+    return output if splits is None else (output, received)
 
 
 def barrier(process_set: ProcessSet = global_process_set) -> None:
     """Return when all ranks have called."""
-    synchronize(start_named("barrier", [], "barrier", process_set, lambda _results: None))
+    synchronize(Operation("barrier", "barrier", process_set).start([], lambda _results: None))
 
 
 def _start_alltoall(
+    operation: Operation,
     tensor: Tensor,
     splits: Tensor | Sequence[int] | None,
-    name: str | None,
-    process_set: ProcessSet,
-    *,
-    with_splits: bool,
+    finish: Callable[[list[tuple[Tensor, Tensor]]], Any],
 ) -> int:
-    size = negotiator_of(process_set, "alltoall").comm.size
-    rows = _split_rows(tensor, splits, size)
+    rows = _split_rows(tensor, splits, operation.negotiator.comm.size)
     device = splits.device if isinstance(splits, torch.Tensor) else None
 
-    def finish(results: list[Any]) -> Any:
-        output, received = results[0]
-        return (output, torch.tensor(received, dtype=torch.int32, device=device)) if with_splits else output
+    def with_splits(pairs: list[tuple[Tensor, list[int]]]) -> Any:
+        return finish(
+            [(output, torch.tensor(received, dtype=torch.int32, device=device)) for output, received in pairs]
+        )
 
-    return start_named("alltoall", [tensor], name, process_set, finish, splits=rows)
+    return operation.start([tensor], with_splits, splits=rows)
 
 
 def _split_rows(tensor: Tensor, splits: Tensor | Sequence[int] | None, size: int) -> list[int]:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from mpitrain.errors import CollectiveMismatchError
-from mpitrain.torch.exchanges import allgather, broadcast, root_of
+from mpitrain.torch.exchanges import broadcast, root_of
+from mpitrain.torch.gathers import allgather
 from mpitrain.torch.world import ProcessSet, global_process_set, negotiator_of
 
 __all__ = ["allgather_object", "broadcast_object", "broadcast_optimizer_state", "broadcast_parameters"]

@@ -12,10 +12,10 @@ import torch
 
 from mpitrain.errors import CollectiveError
 from mpitrain.torch.arguments import Reduction
-from mpitrain.torch.exchanges import allgather_async
 from mpitrain.torch.handles import synchronize
-from mpitrain.torch.reductions import Average, allreduce_async_
+from mpitrain.torch.reductions import allreduce_async_
 from mpitrain.torch.slots import Slot
+from mpitrain.torch.sparse import sparse_allreduce_async
 
 __all__ = ["NamedGradients"]
 
@@ -27,12 +27,10 @@ class NamedGradients:
 
     Args:
         reduction: How.
-        size: Number of ranks.
     """
 
-    def __init__(self, reduction: Reduction, size: int) -> None:
+    def __init__(self, reduction: Reduction) -> None:
         self._reduction = reduction
-        self._size = size
         self._in_flight: list[tuple[Slot, Callable[[], Tensor]]] = []
 
     def start(self, slot: Slot) -> None:
@@ -85,16 +83,6 @@ class NamedGradients:
         return wait
 
     def _start_sparse(self, slot: Slot, grad: Tensor) -> Callable[[], Tensor]:
-        grad = grad.coalesce()
-        process_set = self._reduction.process_set
-        indices = allgather_async(grad.indices().t().contiguous(), f"{slot.name}.indices", process_set)
-        values = allgather_async(grad.values(), f"{slot.name}.values", process_set)
-
-        def wait() -> Tensor:
-            all_indices, all_values = synchronize(indices), synchronize(values)
-            if self._reduction.op is Average:
-                all_values /= self._size
-            gathered = torch.sparse_coo_tensor(all_indices.t(), all_values, grad.shape, check_invariants=False)
-            return gathered.coalesce()
-
-        return wait
+        reduction = self._reduction
+        wait = sparse_allreduce_async(grad.coalesce(), slot.name, reduction.op, reduction.process_set)
+        return lambda: wait().coalesce()

@@ -55,7 +55,7 @@ class GradientReducer(BackwardPasses):
         self._reduction = reduction
         self._before, self._after = reduction.factors(group.size)
         self._comm: Communicator | None = None
-        self._named = NamedGradients(reduction, group.size)
+        self._named = NamedGradients(reduction)
         self._buckets: list[Bucket] = []
         self._next = 0
         self._memory: SharedArray | None = None

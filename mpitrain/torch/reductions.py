@@ -1,22 +1,27 @@
-"""Reductions of tensors by name: all-reduce and reduce-scatter, with Horovod's names and arguments.
+"""All-reduce of tensors by name, with Horovod's names and arguments.
 
 Ranks may start operations in any order; those of one name belong together. Operations without a name are matched by
 how many were started before on each rank. A mismatch raises `HorovodInternalError` on every rank, and everything
 stays usable.
+
+Gradients are pulled back by an all-reduce with the same reduction and factors, also of Adasum, as Horovod does; for
+minimum, maximum and product see `nonlinear`. What is asynchronous or in place is outside autograd.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from mpitrain.memory import ReduceOp, parse_op
 from mpitrain.torch.compression import Compression, Compressor
+from mpitrain.torch.gradients import PullBack, carry_gradients
 from mpitrain.torch.handles import synchronize
-from mpitrain.torch.starting import only_result, start_named
+from mpitrain.torch.nonlinear import carry_nonlinear_gradients
+from mpitrain.torch.starting import Operation, only_result
 from mpitrain.torch.world import ProcessSet, global_process_set
 
 __all__ = [
@@ -34,8 +39,6 @@ __all__ = [
     "grouped_allreduce_",
     "grouped_allreduce_async",
     "grouped_allreduce_async_",
-    "reducescatter",
-    "reducescatter_async",
 ]
 
 Average = ReduceOp.AVERAGE
@@ -58,8 +61,8 @@ def allreduce_async(
     process_set: ProcessSet = global_process_set,
 ) -> int:
     """Start an `allreduce`; returns a handle for `poll` and `synchronize`."""
-    reduction = _reduction(average, op)
-    return _start_allreduce([tensor], name, reduction, prescale_factor, postscale_factor, process_set, only_result)
+    how = _how(average, op, prescale_factor, postscale_factor)
+    return _start(Operation("allreduce", name, process_set), [tensor], how, only_result)
 
 
 def allreduce_async_(
@@ -72,10 +75,8 @@ def allreduce_async_(
     process_set: ProcessSet = global_process_set,
 ) -> int:
     """Start an `allreduce_`; returns a handle. The tensor must be left alone until it is synchronized."""
-    reduction = _reduction(average, op)
-    return _start_allreduce(
-        [tensor], name, reduction, prescale_factor, postscale_factor, process_set, only_result, True
-    )
+    how = _how(average, op, prescale_factor, postscale_factor)
+    return _start(Operation("allreduce", name, process_set), [tensor], how, only_result, in_place=True)
 
 
 def allreduce(
@@ -107,11 +108,12 @@ def allreduce(
 
     Raises:
         HorovodInternalError: Ranks brought different things, or could not exchange messages; on every rank.
-        ValueError: Bad argument, or a name in flight.
+        ValueError: Bad argument, a dtype that the reduction is not defined for, or a name in flight.
     """
+    how = _how(average, op, prescale_factor, postscale_factor)
     compressed, context = compression.compress(tensor)
-    handle = allreduce_async(compressed, average, name, op, prescale_factor, postscale_factor, process_set)
-    return compression.decompress(synchronize(handle), context)
+    (result,) = _reduce([compressed], name, how, process_set)
+    return compression.decompress(result, context)
 
 
 def allreduce_(
@@ -124,9 +126,9 @@ def allreduce_(
     process_set: ProcessSet = global_process_set,
 ) -> Tensor:
     """Reduce a tensor over all ranks in place; see `allreduce`."""
-    return synchronize(  # type: ignore[no-any-return]
-        allreduce_async_(tensor, average, name, op, prescale_factor, postscale_factor, process_set)
-    )
+    how = _how(average, op, prescale_factor, postscale_factor)
+    operation = Operation("allreduce", name, process_set)
+    return synchronize(_start(operation, [tensor], how, only_result, in_place=True))  # type: ignore[no-any-return]
 
 
 def grouped_allreduce_async(
@@ -138,9 +140,9 @@ def grouped_allreduce_async(
     postscale_factor: float = 1.0,
     process_set: ProcessSet = global_process_set,
 ) -> int:
-    """Start a `grouped_allreduce`; returns one handle."""
-    reduction = _reduction(average, op)
-    return _start_allreduce(tensors, name, reduction, prescale_factor, postscale_factor, process_set, list)
+    """Start a `grouped_allreduce`; returns one handle, of a tuple."""
+    how = _how(average, op, prescale_factor, postscale_factor)
+    return _start(Operation("allreduce", name, process_set), tensors, how, tuple)
 
 
 def grouped_allreduce_async_(
@@ -152,9 +154,9 @@ def grouped_allreduce_async_(
     postscale_factor: float = 1.0,
     process_set: ProcessSet = global_process_set,
 ) -> int:
-    """Start a `grouped_allreduce_`; returns one handle."""
-    reduction = _reduction(average, op)
-    return _start_allreduce(tensors, name, reduction, prescale_factor, postscale_factor, process_set, list, True)
+    """Start a `grouped_allreduce_`; returns one handle, of a tuple. The tensors must be left alone until then."""
+    how = _how(average, op, prescale_factor, postscale_factor)
+    return _start(Operation("allreduce", name, process_set), tensors, how, tuple, in_place=True)
 
 
 def grouped_allreduce(
@@ -168,12 +170,10 @@ def grouped_allreduce(
     process_set: ProcessSet = global_process_set,
 ) -> list[Tensor]:
     """Reduce several tensors together, all or none; see `allreduce`. `Adasum` combines each tensor by itself."""
+    how = _how(average, op, prescale_factor, postscale_factor)
     pairs = [compression.compress(tensor) for tensor in tensors]
-    compressed = [tensor for tensor, _ in pairs]
-    handle = grouped_allreduce_async(compressed, average, name, op, prescale_factor, postscale_factor, process_set)
-    return [
-        compression.decompress(result, context) for result, (_, context) in zip(synchronize(handle), pairs, strict=True)
-    ]
+    results = _reduce([compressed for compressed, _ in pairs], name, how, process_set)
+    return [compression.decompress(result, context) for result, (_, context) in zip(results, pairs, strict=True)]
 
 
 def grouped_allreduce_(
@@ -184,87 +184,61 @@ def grouped_allreduce_(
     prescale_factor: float = 1.0,
     postscale_factor: float = 1.0,
     process_set: ProcessSet = global_process_set,
-) -> list[Tensor]:
+) -> tuple[Tensor, ...]:
     """Reduce several tensors together in place, all or none; see `allreduce`."""
-    return synchronize(  # type: ignore[no-any-return]
-        grouped_allreduce_async_(tensors, average, name, op, prescale_factor, postscale_factor, process_set)
-    )
+    how = _how(average, op, prescale_factor, postscale_factor)
+    operation = Operation("allreduce", name, process_set)
+    return synchronize(_start(operation, tensors, how, tuple, in_place=True))  # type: ignore[no-any-return]
 
 
-def reducescatter_async(
-    tensor: Tensor,
-    name: str | None = None,
-    op: ReduceOp = Average,
-    process_set: ProcessSet = global_process_set,
-    prescale_factor: float = 1.0,
-    postscale_factor: float = 1.0,
-) -> int:
-    """Start a `reducescatter`; returns a handle."""
-    if op == Adasum:
-        raise ValueError("Reducescatter does not support Adasum, which combines whole tensors; use allreduce")
-    if tensor.dim() == 0:
-        raise ValueError("Reducescatter does not support scalar inputs, got shape (); reshape the tensor")
-    return start_named(
-        "reduce_scatter",
-        [tensor],
-        name,
-        process_set,
-        only_result,
-        op=_reduction(None, op).name.lower(),
-        prescale=float(prescale_factor),
-        postscale=float(postscale_factor),
-    )
+class _How(NamedTuple):
+    op: ReduceOp
+    prescale: float = 1.0
+    postscale: float = 1.0
 
 
-def reducescatter(
-    tensor: Tensor,
-    name: str | None = None,
-    compression: type[Compressor] = Compression.none,
-    op: ReduceOp = Average,
-    process_set: ProcessSet = global_process_set,
-    prescale_factor: float = 1.0,
-    postscale_factor: float = 1.0,
-) -> Tensor:
-    """Reduce a tensor over all ranks and return this rank's part of it along the first dimension.
-
-    Where the first dimension does not divide, the first ranks get one row more. Arguments as for `allreduce`.
-
-    Raises:
-        HorovodInternalError: Ranks brought different things, or could not exchange messages; on every rank.
-        ValueError: Bad argument, or a name in flight.
-    """
-    compressed, context = compression.compress(tensor)
-    handle = reducescatter_async(compressed, name, op, process_set, prescale_factor, postscale_factor)
-    return compression.decompress(synchronize(handle), context)
-
-
-def _start_allreduce(
-    tensors: Sequence[Tensor],
-    name: str | None,
-    reduction: ReduceOp,
-    prescale_factor: float,
-    postscale_factor: float,
-    process_set: ProcessSet,
-    finish: Callable[[list[Any]], Any],
-    in_place: bool = False,
-) -> int:
-    return start_named(
-        "allreduce",
-        tensors,
-        name,
-        process_set,
-        finish,
-        in_place=in_place,
-        op=reduction.name.lower(),
-        prescale=float(prescale_factor),
-        postscale=float(postscale_factor),
-    )
-
-
-def _reduction(average: bool | None, op: ReduceOp | int | None) -> ReduceOp:
+def _how(average: bool | None, op: ReduceOp | int | None, prescale_factor: float, postscale_factor: float) -> _How:
     if average is not None:
         if op is not None:
             raise ValueError("The op parameter supersedes average, got both; pass op only")
-        warnings.warn("Parameter `average` has been replaced with `op`", DeprecationWarning, stacklevel=4)
-        return Average if average else Sum
-    return Average if op is None else parse_op(op)
+        # Two functions up is who calls the face.
+        warnings.warn("Parameter `average` has been replaced with `op`", DeprecationWarning, stacklevel=3)
+        op = Average if average else Sum
+    return _How(parse_op(Average if op is None else op), float(prescale_factor), float(postscale_factor))
+
+
+def _start(
+    operation: Operation,
+    tensors: Sequence[Tensor],
+    how: _How,
+    finish: Callable[[list[Any]], Any],
+    *,
+    in_place: bool = False,
+) -> int:
+    return operation.start(
+        tensors,
+        finish,
+        in_place=in_place,
+        op=how.op.name.lower(),
+        prescale=how.prescale,
+        postscale=how.postscale,
+    )
+
+
+def _reduce(tensors: Sequence[Tensor], name: str | None, how: _How, process_set: ProcessSet) -> Sequence[Tensor]:
+    operation = Operation("allreduce", name, process_set)
+
+    def run() -> Sequence[Tensor]:
+        return synchronize(_start(operation, tensors, how, list))  # type: ignore[no-any-return]
+
+    def reduce(others: Sequence[Tensor], other_name: str, op: ReduceOp) -> Sequence[Tensor]:
+        return _reduce(others, other_name, _How(op), process_set)
+
+    def run_linear() -> tuple[Sequence[Tensor], PullBack]:
+        return run(), lambda gradients, other_name: _reduce(gradients, other_name, how, process_set)
+
+    if how.op in (Average, Sum, Adasum):
+        return carry_gradients(operation, tensors, run_linear)
+    return carry_nonlinear_gradients(
+        operation, tensors, run, reduce, op=how.op, prescale=how.prescale, postscale=how.postscale
+    )

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from mpitrain.memory import check_op, dtype_of_torch, parse_op
 from mpitrain.torch.handles import register
 from mpitrain.torch.world import ProcessSet, negotiator_of
 
-__all__ = ["only_result", "start_named"]
+__all__ = ["Operation", "only_result"]
 
 Tensor = torch.Tensor
 
@@ -21,38 +22,88 @@ def only_result(results: list[Any]) -> Any:
     return results[0]
 
 
-def start_named(
-    collective: str,
-    tensors: Sequence[Tensor],
-    name: str | None,
-    process_set: ProcessSet,
-    finish: Callable[[list[Any]], Any],
-    *,
-    in_place: bool = False,
-    **details: Any,
-) -> int:
-    """Start an operation and return its handle.
+class Operation:
+    """A named operation that this rank is about to start.
 
     Args:
-        collective: See `negotiation.Negotiator.start`.
-        tensors: One, or all of a grouped operation.
+        collective: See `negotiation.Announcement`.
         name: Same on every rank; None counts the operations without a name.
         process_set: Whose ranks take part.
-        finish: Makes what `synchronize` returns from the results.
-        in_place: Results replace the contents of the tensors, which `finish` gets.
-        details: Further arguments of `Negotiator.start`.
+
+    Attributes:
+        collective: As given.
+        is_named: Whether a name was given.
+        name: Under which the ranks match it.
+        negotiator: Of the process set.
+
+    Raises:
+        NotInitializedError: Before `init`.
+        ValueError: The set was not added, or does not include this rank.
     """
-    negotiator = negotiator_of(process_set, collective)
-    # Unnamed operations carry no collective in their names: one that meets another kind is then a mismatch, not a hang.
-    full_name = negotiator.next_name() if name is None else f"{collective}.{name}"
-    inputs = [tensor.detach() for tensor in tensors]
-    if in_place and not all(tensor.is_contiguous() for tensor in inputs):
-        # The result is made in a contiguous copy and written back.
-        finish = functools.partial(_write_back, list(tensors), finish)
-        inputs = [tensor.contiguous() for tensor in inputs]
-    elif in_place:
-        finish = functools.partial(_return_own, list(tensors), finish)
-    return register(negotiator.start(full_name, collective, inputs, in_place=in_place, **details), finish)
+
+    def __init__(self, collective: str, name: str | None, process_set: ProcessSet) -> None:
+        self.negotiator = negotiator_of(process_set, collective)
+        self.collective = collective
+        self.is_named = name is not None
+        # Unnamed operations carry no collective in their names: one that meets another kind is then a mismatch, not a
+        # hang.
+        self.name = self.negotiator.next_name() if name is None else f"{collective}.{name}"
+
+    def start(
+        self,
+        tensors: Sequence[Tensor],
+        finish: Callable[[list[Any]], Any],
+        *,
+        in_place: bool = False,
+        **details: Any,
+    ) -> int:
+        """Start and return a handle.
+
+        Args:
+            tensors: One, or all of a grouped operation.
+            finish: Makes what `synchronize` returns from the results.
+            in_place: Results replace the contents of the tensors, which `finish` gets.
+            details: Further arguments of `Negotiator.start`.
+
+        Raises:
+            ValueError: A tensor that cannot be communicated or reduced, or a name in flight.
+            TypeError: Not a tensor.
+            RuntimeError: Tensors on different devices.
+        """
+        for tensor in tensors:
+            _check(tensor, self.collective, details)
+        if len({tensor.device for tensor in tensors}) > 1:
+            devices = sorted({str(tensor.device) for tensor in tensors})
+            raise RuntimeError(f"Tensors in list must be on same device, got {', '.join(devices)}; move them")
+        inputs = [tensor.detach() for tensor in tensors]
+        if in_place and not all(tensor.is_contiguous() for tensor in inputs):
+            # The result is made in a contiguous copy and written back.
+            finish = functools.partial(_write_back, list(tensors), finish)
+            inputs = [tensor.contiguous() for tensor in inputs]
+        elif in_place:
+            finish = functools.partial(_return_own, list(tensors), finish)
+        handle = self.negotiator.start(self.name, self.collective, inputs, in_place=in_place, **details)
+        return register(handle, finish)
+
+
+def _check(tensor: Tensor, collective: str, details: dict[str, Any]) -> None:
+    """Refuse, as Horovod with a ValueError, what has no meaning on any rank."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{collective}: must be a tensor, got {type(tensor).__qualname__}; pass torch.as_tensor(...)")
+    if tensor.layout is not torch.strided:
+        raise ValueError(
+            f"Tensor type {tensor.type()} is not supported, got layout {tensor.layout}; "
+            "pass tensor.to_dense(), or reduce it with sparse_allreduce_async"
+        )
+    try:
+        dtype = dtype_of_torch(tensor.dtype, subject=collective)
+        if "op" in details:
+            check_op(parse_op(details["op"]), dtype)
+    except TypeError as error:
+        raise ValueError(f"Tensor type {tensor.type()} is not supported: {error}") from None
+    factors = (details.get("prescale", 1.0), details.get("postscale", 1.0))
+    if dtype.kind == "bool" and factors != (1.0, 1.0):
+        raise ValueError(f"{collective}: bool cannot be scaled, got factors {factors}; convert to a number dtype")
 
 
 def _return_own(tensors: list[Tensor], finish: Callable[[list[Any]], Any], _results: list[Any]) -> Any:

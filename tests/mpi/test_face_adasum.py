@@ -76,7 +76,7 @@ def test_each_tensor_of_a_group_and_of_those_fused_is_combined_by_itself():
 
 
 def test_what_has_no_meaning_is_refused_on_every_rank():
-    with pytest.raises(TypeError, match="adasum needs a floating-point dtype, got int64"):
+    with pytest.raises(ValueError, match="adasum needs a floating-point dtype, got int64"):
         hvd.allreduce(torch.ones(3, dtype=torch.int64), op=hvd.Adasum)
     with pytest.raises(ValueError, match="Reducescatter does not support Adasum"):
         hvd.reducescatter(torch.ones(3), op=hvd.Adasum)

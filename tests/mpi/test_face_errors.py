@@ -47,6 +47,14 @@ MISMATCHES = {
         "Mismatched ALLTOALL tensor shapes",
     ),
     "reducescatter": (lambda: hvd.reducescatter(torch.ones(3 + is_odd())), "Mismatched REDUCESCATTER tensor shapes"),
+    "grouped allgather": (
+        lambda: hvd.grouped_allgather([torch.ones(3), torch.ones(2, 1 + is_odd())]),
+        "Mismatched ALLGATHER tensor shapes",
+    ),
+    "grouped reducescatter": (
+        lambda: hvd.grouped_reducescatter([torch.ones(3), torch.ones(2 + is_odd())]),
+        "Mismatched REDUCESCATTER tensor shapes",
+    ),
     "group": (lambda: hvd.grouped_allreduce([torch.ones(3)] * (1 + is_odd())), "Mismatched group sizes"),
     "in place": (lambda: hvd.allreduce_(torch.ones(3 + is_odd())), "Mismatched ALLREDUCE tensor shapes"),
 }
@@ -100,9 +108,14 @@ def test_root_out_of_range_is_an_error_on_every_rank(root):
 
 
 def test_tensors_that_cannot_be_communicated():
-    sparse = torch.eye(3).to_sparse()
-    with pytest.raises(TypeError, match="must be dense"):
-        hvd.allreduce(sparse)
+    for tensor in (torch.eye(3).to_sparse(), torch.ones(3).to(torch.float8_e5m2)):
+        for operation in (hvd.allreduce, hvd.allgather, lambda each: hvd.broadcast_(each, 0)):
+            with pytest.raises(ValueError, match=r"Tensor type torch\..* is not supported"):
+                operation(tensor)
+    with pytest.raises(TypeError, match="allreduce: must be a tensor, got list"):
+        hvd.allreduce([1.0])
+    with pytest.raises(RuntimeError, match=r"Tensors in list must be on same device, got cpu, meta"):
+        hvd.grouped_allreduce([torch.ones(2), torch.ones(2, device="meta")])
     with pytest.raises(ValueError, match=r"factor: must be finite"):
         hvd.allreduce(torch.ones(2, dtype=torch.int32), prescale_factor=float("inf"))
     assert_usable()

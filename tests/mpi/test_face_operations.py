@@ -83,8 +83,10 @@ def test_bool_is_reduced_as_logic_and_has_no_average():
     assert hvd.allreduce(mine, op=hvd.Max).tolist() == [True, True, False]
     assert hvd.allreduce(mine, op=hvd.Min).tolist() == [is_alone, True, False]
     assert hvd.allreduce(mine, op=hvd.Product).tolist() == [is_alone, True, False]
-    with pytest.raises(TypeError, match="average is not defined for this dtype, got bool"):
+    with pytest.raises(ValueError, match=r"BoolTensor is not supported: op: average is not defined for this dtype"):
         hvd.allreduce(mine)
+    with pytest.raises(ValueError, match="bool cannot be scaled"):
+        hvd.allreduce(mine, op=hvd.Sum, postscale_factor=2.0)
     assert hvd.allgather(mine[:1]).tolist() == [rank == 0 for rank in range(hvd.size())]
     assert hvd.broadcast(mine, 0).tolist() == [True, True, False]
 
@@ -211,14 +213,16 @@ def test_grouped_allreduce_of_several_dtypes_and_shapes():
         "new": lambda: hvd.grouped_allreduce(mine, op=hvd.Sum, name="g"),
         "async": lambda: hvd.synchronize(hvd.grouped_allreduce_async(mine, op=hvd.Sum)),
     }
-    for form in forms.values():
+    for kind, form in forms.items():
         results = form()
+        assert type(results) is (list if kind == "new" else tuple)
         for tensor, original, result, want in zip(mine, kept, results, expected, strict=True):
             assert_equal(result, want)
             assert_equal(tensor, original)
     for form in (hvd.grouped_allreduce_, lambda *a, **k: hvd.synchronize(hvd.grouped_allreduce_async_(*a, **k))):
         own = [tensor.clone() for tensor in kept]
         results = form(own, op=hvd.Sum)
+        assert type(results) is tuple
         for tensor, result, want in zip(own, results, expected, strict=True):
             assert result is tensor
             assert_equal(result, want)

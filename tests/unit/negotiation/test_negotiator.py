@@ -96,7 +96,11 @@ def test_random_orders_collectives_and_delays(seed: int, size: int, fusion_nbyte
             # Waiting for one before all are started could wait for a rank that waits for another one.
             if not pending:
                 index, handle = handles.pop(draw.randrange(len(handles)))
-                np.testing.assert_array_equal(wait(handle), expected(index, size, rank))
+                result = wait(handle)
+                if index % 3 == 2:
+                    result, rows = result
+                    assert rows == list(range(size))
+                np.testing.assert_array_equal(result, expected(index, size, rank))
 
     run(size, body, SETTINGS.replace(fusion_nbytes=fusion_nbytes))
 
@@ -451,5 +455,57 @@ def test_integer_average_is_divided_and_scaled_in_one_step() -> None:
         np.testing.assert_array_equal(wait(scaled), [7, -7, 1])
         rows = negotiator.start("c", "reduce_scatter", [array], op="average", postscale=2.0)
         np.testing.assert_array_equal(wait(rows), [[7, -7], [1]][negotiator.comm.rank])
+
+    run(2, body)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_all_gather_of_several_arrays(size: int) -> None:
+    def bring(rank: int) -> list[Any]:
+        small = [np.full((rank + index, 2), 10.0 * rank + index, dtype) for index, dtype in enumerate(("f4", "i8"))]
+        # The large one does not share the buffer of the small ones.
+        return [small[0], np.full((40_000 * rank, 3), rank), small[1], np.array(7 * rank), np.zeros((0, 3))]
+
+    def body(negotiator: Negotiator) -> None:
+        rank = negotiator.comm.rank
+        results = negotiator.start("a", "allgather", bring(rank)).wait(WAIT_S)
+        everybodys = [[np.atleast_1d(array) for array in bring(source)] for source in range(size)]
+        for index, (result, rows) in enumerate(results):
+            parts = [brought[index] for brought in everybodys]
+            assert rows == [len(part) for part in parts]
+            assert result.dtype == parts[0].dtype
+            np.testing.assert_array_equal(result, np.concatenate(parts))
+        assert negotiator.start("b", "allgather", []).wait(WAIT_S) == []
+
+    run(size, body)
+
+
+@pytest.mark.parametrize("op", ["sum", "average", "max"])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_reduce_scatter_of_several_arrays(size: int, op: str) -> None:
+    shapes = [((5, 2), "f4"), ((size,), "f8"), ((1,), "f4"), ((0, 3), "f4"), ((70_000 * 2 + 1,), "f4"), ((4, 3), "f4")]
+
+    def body(negotiator: Negotiator) -> None:
+        rank = negotiator.comm.rank
+        arrays = [np.arange(np.prod(shape), dtype=dtype).reshape(shape) * (rank + 1) for shape, dtype in shapes]
+        kept = [array.copy() for array in arrays]
+        factor = {"sum": total(size), "average": (size + 1) / 2, "max": float(size)}[op]
+        handle = negotiator.start("a", "reduce_scatter", arrays, op=op, prescale=0.5, postscale=4.0)
+        for array, before, result in zip(arrays, kept, handle.wait(WAIT_S), strict=True):
+            expected = np.array_split(before / (rank + 1) * (2 * factor), size)[rank]
+            assert result.dtype == array.dtype
+            np.testing.assert_allclose(result, expected, rtol=1e-6)
+            np.testing.assert_array_equal(array, before)
+
+    run(size, body)
+
+
+def test_a_group_with_a_meaningless_member_fails_as_a_whole() -> None:
+    def body(negotiator: Negotiator) -> None:
+        arrays = [np.ones(4), np.array([True, False])]
+        for op, other, error in (("average", arrays[1], TypeError), ("sum", np.array(1.0), ValueError)):
+            with pytest.raises(error, match=r"got bool|got shape"):
+                negotiator.start("a", "reduce_scatter", [arrays[0], other], op=op).wait(WAIT_S)
+        assert wait(start(negotiator, "b", [1.0])) == [2.0]
 
     run(2, body)
