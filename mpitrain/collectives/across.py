@@ -6,10 +6,10 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from mpitrain.collectives.direct import Reduction
 from mpitrain.collectives.executor import Task, execute
 from mpitrain.collectives.layout import Layout, even_counts
 from mpitrain.collectives.program import compile_program
+from mpitrain.collectives.reduction import Reduction
 from mpitrain.comm import Topology, Transport
 from mpitrain.config import Settings
 from mpitrain.memory import ScratchPool

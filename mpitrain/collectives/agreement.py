@@ -1,13 +1,15 @@
 """Do all ranks mean the same collective? Asked before it starts, so that a mismatch is an error and never a hang.
 
-Each rank describes what it brings. The ranks compare a digest of the descriptions, 16 bytes, and only if these
-differ do they exchange the descriptions themselves, so that all of them can say who differs.
+Each rank describes what it brings. The ranks compare a digest of the descriptions (in shared memory if they are on
+one node and block), and only if these differ do they exchange the descriptions themselves, so all know who differs.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+from collections.abc import Callable
 
 import numpy as np
 
@@ -20,19 +22,34 @@ from mpitrain.config import PREFIX, Settings
 from mpitrain.errors import CollectiveMismatchError
 from mpitrain.memory import ReduceOp, dtype_named
 
-__all__ = ["agree", "check_same_settings"]
+__all__ = ["agree", "check_same_settings", "digest_of", "explain"]
 
 _INT64 = dtype_named("int64")
 _UINT8 = dtype_named("uint8")
 _DESCRIPTION_NBYTES = 512
 
 
-def agree(context: Context, description: str, call: Call) -> Task[str]:
+def agree(context: Context, description: str, call: Call, bring: Callable[[], None] | None = None) -> Task[str]:
     """Return the task that compares `description` over all ranks.
 
-    Its result, the same on every rank, is empty if they agree, else a message with a line for each description.
+    Args:
+        context: Of the communicator.
+        description: Of the operation.
+        call: Whether it is blocking is the same on all ranks.
+        bring: See `Plan`.
+
+    Returns:
+        The same on every rank: nothing if they agree, else a message with a line for each description.
     """
-    digest = int.from_bytes(hashlib.blake2b(description.encode(), digest_size=7).digest(), "little")
+    digest = digest_of(description)
+    if context.meeting is not None and call.blocking:
+        meeting = context.meeting
+        if bring is not None:
+            bring()
+        meeting.arrive(digest)
+        while not meeting.is_complete():
+            yield False
+        return "" if meeting.agrees() else (yield from explain(context, description, call))
     # One minimum finds both ends: the ranks agree if the smallest is also the largest.
     ends = np.array([digest, -digest], np.int64)
     if context.has_native and call.blocking:
@@ -43,10 +60,18 @@ def agree(context: Context, description: str, call: Call) -> Task[str]:
     else:
         program = context.program("allreduce", "recursive_doubling", Layout.packed((2,)), _INT64, nbytes=16)
         yield from context.execute(program, [ends], _INT64, call, ReduceOp.MIN)
-    if ends[0] != -ends[1]:
-        descriptions = yield from _exchange(context, description, call)
-        return _message(descriptions)
-    return ""
+    return "" if ends[0] == -ends[1] else (yield from explain(context, description, call))
+
+
+@functools.lru_cache(maxsize=4096)
+def digest_of(description: str) -> int:
+    """Return a number of 56 bits that tells descriptions apart."""
+    return int.from_bytes(hashlib.blake2b(description.encode(), digest_size=7).digest(), "little")
+
+
+def explain(context: Context, description: str, call: Call) -> Task[str]:
+    """Return the task that tells all ranks who brings what; when they are known to disagree."""
+    return _message((yield from _exchange(context, description, call)))
 
 
 def check_same_settings(transport: Transport, settings: Settings) -> None:

@@ -16,23 +16,26 @@ from mpitrain.collectives.departure import watch_exit
 from mpitrain.collectives.executor import Task
 from mpitrain.collectives.objects import exchange_pickled
 from mpitrain.collectives.peers import PeerWatch
+from mpitrain.collectives.persistent import PersistentPlan
 from mpitrain.collectives.plan import Call, Plan
 from mpitrain.collectives.progress import Handle, ProgressEngine
+from mpitrain.collectives.quick import QuickAllreduce, QuickCalls
 from mpitrain.collectives.reclaim import Reclaimer
 from mpitrain.collectives.selection import known_algorithms
+from mpitrain.collectives.small import SmallAllreduce
 from mpitrain.collectives.table import Table
 from mpitrain.collectives.table_file import load_table
 from mpitrain.collectives.verbs import Collectives
 from mpitrain.comm import Topology, Transport
 from mpitrain.config import Settings, prepare_mpi_wheel
 from mpitrain.errors import CollectiveMismatchError
-from mpitrain.memory import ReduceOp, SharedArray, as_dtype
+from mpitrain.memory import ReduceOp, SharedArray, as_dtype, flat_view
 from mpitrain.observe import show_messages
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["Communicator", "PersistentPlan"]
+__all__ = ["Communicator"]
 
 Result = TypeVar("Result")
 
@@ -78,6 +81,7 @@ class Communicator(Collectives):
         self._context = Context(transport, self.topology, self.settings, table)
         self._watch = PeerWatch(transport, self.settings)
         self._reclaimer = Reclaimer(transport)
+        self._quick = QuickCalls()
         # Calls are counted by who makes them, and down again by who ends them, mostly the progress thread.
         self._lock = threading.Lock()
         self._calls = 0
@@ -200,13 +204,16 @@ class Communicator(Collectives):
         options = {"op": op, "algorithm": algorithm, "parts": parts, "in_place": True}
         waited_for = self._checked(operations.plan_allreduce, array, **options)
         in_background = self._checked(operations.plan_allreduce, array, **options, blocking=False)
-        return PersistentPlan(self, waited_for, in_background)
+        return PersistentPlan(self, flat_view(array, writable=True), waited_for, in_background)
 
     # How plans are run
 
     def _run(self, make_plan: Callable[..., Plan[Result]], *arguments: Any, **options: Any) -> Result:
         plan = self._try(make_plan, arguments, options, blocking=True)
-        return self._drive(self._call(plan, blocking=True, check=self.settings.check))
+        result = self._drive(self._call(plan, blocking=True, check=self.settings.check))
+        if plan.small is not None:
+            self._quick.remember(arguments[0], options["op"], options["algorithm"], self.quick(plan, plan.small))
+        return result
 
     def _start(self, make_plan: Callable[..., Plan[Result]], *arguments: Any, **options: Any) -> Handle[Result]:
         plan = self._try(make_plan, arguments, {"blocking": False, **options}, blocking=False)
@@ -250,7 +257,8 @@ class Communicator(Collectives):
         """Return the guarded task of one call; taking its number here keeps calls in order on all ranks."""
         self._watch.check()
         context = self._context
-        starts_native = context.has_native and (plan.uses_native or (check and blocking))
+        agrees_natively = check and blocking and context.meeting is None
+        starts_native = context.has_native and (plan.uses_native or agrees_natively)
         with self._lock:
             index = self._calls
             self._calls += 1
@@ -259,15 +267,15 @@ class Communicator(Collectives):
             self._traffic.nbytes += plan.nbytes
             ticket = context.native_order.take_ticket() if starts_native else -1
             staging_ticket = context.staging_order.take_ticket() if plan.uses_staging else -1
-        tag = index % min(self.transport.max_tag, _MOST_TAGS)
-        call = Call(tag, blocking, index, ticket, staging_ticket)
+        call = self.call_of(index)._replace(blocking=blocking, ticket=ticket, staging_ticket=staging_ticket)
         return self._task(plan, call, index, check=check)
 
     def _task(self, plan: Plan[Result], call: Call, index: int, *, check: bool) -> Task[Result]:
         guard = self._watch.guard
         try:
-            if check and self.size > 1:
-                disagreement = yield from guard(agree(self._context, plan.description, call), plan.description, index)
+            if (check and self.size > 1) or plan.bring is not None:
+                agreement = agree(self._context, plan.description, call, plan.bring)
+                disagreement = yield from guard(agreement, plan.description, index)
                 if disagreement:
                     # All ranks know and nothing was started, so the communicator stays usable.
                     raise CollectiveMismatchError(disagreement)
@@ -282,6 +290,31 @@ class Communicator(Collectives):
 
     def _drive(self, task: Task[Result]) -> Result:
         return self.engine.drive(task)
+
+    # What calls without a plan need, see the module of that name
+
+    def quick(self, plan: Plan[Any], small: SmallAllreduce) -> QuickAllreduce:
+        """Return how to run what a plan runs at the meeting of the node's ranks, but for its arrays."""
+        return QuickAllreduce(self._context, self, small, plan.description, spin=self.engine.spin_waiting)
+
+    def take_number(self, nbytes: int) -> int:
+        """Return the number of the next call, which begins now."""
+        if self._watch.revoked is not None:
+            self._watch.check()
+        with self._lock:
+            index = self._calls
+            self._calls = index + 1
+            self._traffic.operations += 1
+            self._traffic.nbytes += nbytes
+        return index
+
+    def call_of(self, index: int) -> Call:
+        """Return the blocking call of a number, with the tag of its messages."""
+        return Call(index % min(self.transport.max_tag, _MOST_TAGS), blocking=True, number=index)
+
+    def drive(self, task: Task[Any], description: str, index: int) -> Any:
+        """Run a task of a call to its end; it raises when it cannot end."""
+        return self._drive(self._watch.guard(task, description, index))
 
     # Life cycle
 
@@ -344,24 +377,6 @@ class Communicator(Collectives):
         if not self._freed:
             self._freed = True
             self._context.free()
-
-
-class PersistentPlan:
-    """A collective on one array, prepared for many runs; every rank runs it in its turn among all calls."""
-
-    def __init__(self, comm: Communicator, waited_for: Plan[Any], in_background: Plan[Any]) -> None:
-        self._comm = comm
-        self._waited_for = waited_for
-        self._in_background = in_background
-        self.description = waited_for.description
-
-    def run(self) -> Any:
-        """Run it to its end."""
-        return self._comm.run(self._waited_for)
-
-    def start(self) -> Handle[Any]:
-        """Start it; the array must be left alone until the handle is done."""
-        return self._comm.start(self._in_background)
 
 
 def _plan_root(context: Context, subject: str, root: int) -> Plan[None]:

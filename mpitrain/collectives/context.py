@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 
 from mpitrain.collectives.across import AcrossNodes
 from mpitrain.collectives.choice import AlgorithmChoice
-from mpitrain.collectives.direct import Reduction, shared_allreduce, staged_allreduce
+from mpitrain.collectives.direct import shared_allreduce, staged_allreduce
 from mpitrain.collectives.executor import Task, execute
 from mpitrain.collectives.layout import Layout
 from mpitrain.collectives.node import make_node
 from mpitrain.collectives.plan import Call
 from mpitrain.collectives.program import Program, compile_program
+from mpitrain.collectives.reduction import Reduction
 from mpitrain.collectives.selection import DIRECT, HIERARCHICAL, Available, choose_num_segments
 from mpitrain.collectives.table import Shape, Table
 from mpitrain.comm import Request, Topology, Transport
@@ -85,6 +86,8 @@ class Context:
         self.across = None
         if self.node is not None and len(topology.nodes) > 1:
             self.across = AcrossNodes.make(transport, topology, settings, self.scratch)
+        # Where all ranks are on one node.
+        self.meeting = self.node.meeting if self.node is not None and self.across is None else None
         shared = None if self.node is None else DIRECT if self.across is None else HIERARCHICAL
         self.available = Available(self.has_native, shared)
         self.choice = AlgorithmChoice(self.available, Shape.of(topology), table, settings.segment_nbytes)

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from mpitrain.collectives.executor import Task
 from mpitrain.collectives.layout import even_counts
 from mpitrain.collectives.node import Flags, Node
-from mpitrain.memory import DType, ReduceOp, divide_by, reduce_into
+from mpitrain.collectives.reduction import Reduction
 
-__all__ = ["Across", "Reduction", "shared_allreduce", "staged_allreduce"]
+__all__ = ["Across", "shared_allreduce", "staged_allreduce"]
 
 # With one block of a peer beside it, a block stays in a core's own cache. Of 64 KiB to 1 MiB this size was the fastest.
 _BLOCK_NBYTES = 512 << 10
@@ -46,41 +46,6 @@ class Across(Protocol):
 
     def allreduce(self, data: NDArray[Any], reduction: Reduction, tag: int) -> Task[None]:
         """Return the task that reduces `data` in place; `tag` is equal on all, and different for what is in flight."""
-
-
-class Reduction:
-    """What is done to the elements.
-
-    Args:
-        dtype: What the arrays hold, in its storage dtype.
-        op: How they are combined.
-        size: Number of ranks that an average divides by.
-    """
-
-    def __init__(self, dtype: DType, op: ReduceOp, size: int) -> None:
-        self.dtype = dtype
-        self.op = op
-        self.size = size
-
-    def combine(self, parts: Sequence[NDArray[Any]], total: NDArray[Any]) -> None:
-        """Reduce the parts in order into `total`, which may be the first of them, or either of two."""
-        if self.dtype.kind == "float" and self.dtype.itemsize > 2 and self.op in (ReduceOp.SUM, ReduceOp.AVERAGE):
-            with np.errstate(all="ignore"):  # overflow to infinity is a result like any other
-                np.add(parts[0], parts[1], out=total)
-            rest = parts[2:]
-        elif len(parts) == 2 and np.may_share_memory(total, parts[1]):
-            rest = parts[:1]  # every reduction is commutative
-        else:
-            if not np.may_share_memory(total, parts[0]):
-                total[:] = parts[0]
-            rest = parts[1:]
-        for part in rest:
-            reduce_into(total, part, self.op, self.dtype)
-
-    def finish(self, total: NDArray[Any]) -> None:
-        """Turn the sum over all ranks into what was asked for."""
-        if self.op is ReduceOp.AVERAGE:
-            divide_by(total, self.size, self.dtype)
 
 
 def shared_allreduce(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mpitrain.collectives.meeting import Meeting, meeting_nbytes
 from mpitrain.comm import Topology, Transport
 from mpitrain.config import Settings
 from mpitrain.errors import CommError, UnavailableError
@@ -24,6 +25,9 @@ _FLAG_STRIDE = _FLAG_NBYTES // 8
 _NUM_SLOTS = 128
 _NUM_PHASES = 3
 _FLAGS_NBYTES = _NUM_SLOTS * _NUM_PHASES * _FLAG_NBYTES
+# Of the staging memory; blocking calls have slots of their own, of this size, for what is not staged in pieces.
+_SLOT_SHARE = 4
+_SLOT_GRAIN_NBYTES = 64
 # Parts of an operation that flags can tell apart.
 _MOST_PARTS = 1 << 32
 _MIB = 1 << 20
@@ -81,15 +85,18 @@ class Node:
         self._transport = transport
         self.rank = transport.rank
         self.size = transport.size
-        self._block = _allocate(transport, _FLAGS_NBYTES + staging_nbytes)
+        slot_nbytes = staging_nbytes // _SLOT_SHARE // _SLOT_GRAIN_NBYTES * _SLOT_GRAIN_NBYTES
+        self._staging_offset = _FLAGS_NBYTES + meeting_nbytes(slot_nbytes)
+        self._block = _allocate(transport, self._staging_offset + staging_nbytes)
         self.flags = Flags(self._block, self.rank)
+        self.meeting = Meeting(self._block, self.rank, _FLAGS_NBYTES, slot_nbytes)
         self.staging_nbytes = staging_nbytes
         # Operation and piece that used the staging memory last; at first, one that nobody waits for.
         self.last_staged = (0, -1)
 
     def staging(self, storage: np.dtype[Any]) -> list[NDArray[Any]]:
         """Return every rank's staging memory as elements of one type."""
-        return self._block.typed(storage, _FLAGS_NBYTES, self.staging_nbytes // storage.itemsize)
+        return self._block.typed(storage, self._staging_offset, self.staging_nbytes // storage.itemsize)
 
     def allocate(self, nbytes: int) -> SharedBlock:
         """Allocate a block per rank. Every rank of the node must call.

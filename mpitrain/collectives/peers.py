@@ -16,7 +16,7 @@ from mpitrain.comm import Transport
 from mpitrain.config import Settings
 from mpitrain.errors import CommError, CommRevokedError, CommTimeoutError, RankFailedError
 
-__all__ = ["PeerWatch"]
+__all__ = ["PeerWatch", "text_of"]
 
 Result = TypeVar("Result")
 
@@ -29,21 +29,25 @@ _INTERVAL_S = 0.02
 
 
 class PeerWatch:
-    """Sends and receives the news of one communicator."""
+    """Sends and receives the news of one communicator.
+
+    Attributes:
+        revoked: Why it was given up; None if it was not.
+    """
 
     def __init__(self, transport: Transport, settings: Settings) -> None:
         self._transport = transport
         self._settings = settings
         self._lock = threading.Lock()
-        self._revoked: str | None = None
+        self.revoked: str | None = None
         self._left: dict[int, tuple[int, str]] = {}
 
     def revoke(self, reason: str) -> None:
         """Give the communicator up, here and on all ranks."""
         with self._lock:
-            if self._revoked is not None:
+            if self.revoked is not None:
                 return
-            self._revoked = f"rank {self._transport.rank}: {reason}"
+            self.revoked = f"rank {self._transport.rank}: {reason}"
         self._tell_all(_REVOKED + reason.encode())
 
     def leave(self, num_calls: int, reason: str) -> None:
@@ -73,7 +77,7 @@ class PeerWatch:
         for source, news in self._transport.notices():
             with self._lock:
                 if news.startswith(_REVOKED):
-                    self._revoked = self._revoked or f"rank {source}: {news[len(_REVOKED) :].decode()}"
+                    self.revoked = self.revoked or f"rank {source}: {news[len(_REVOKED) :].decode()}"
                 elif news.startswith(_LEFT):
                     num_calls, _, reason = news[len(_LEFT) :].decode().partition(" ")
                     self._left[source] = (int(num_calls), reason)
@@ -84,10 +88,10 @@ class PeerWatch:
         Raises:
             CommRevokedError: It was.
         """
-        if self._revoked is not None:
+        if self.revoked is not None:
             raise CommRevokedError(
                 f"rank {self._transport.rank}/{self._transport.size}: communicator was given up by "
-                f"{self._revoked}; make a new one to go on"
+                f"{self.revoked}; make a new one to go on"
             )
 
     def guard(self, task: Task[Result], description: str, call_index: int) -> Task[Result]:
@@ -125,7 +129,7 @@ class PeerWatch:
         except BaseException as error:
             # Interrupted or dropped half way, the operation cannot be taken up again: the others must know as well.
             task.close()
-            self.revoke(f"{description}: {_text(error)}")
+            self.revoke(f"{description}: {text_of(error)}")
             raise
 
     def _look(self, idle_s: float, description: str, call_index: int) -> None:
@@ -157,7 +161,8 @@ class PeerWatch:
         return True
 
 
-def _text(error: BaseException) -> str:
+def text_of(error: BaseException) -> str:
+    """Say what went wrong, in the words of the error."""
     if isinstance(error, GeneratorExit):
         return "given up before its end"
     return str(error) or type(error).__name__

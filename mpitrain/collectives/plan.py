@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Generic, NamedTuple, TypeVar
 
 from mpitrain.collectives.executor import Task
+from mpitrain.collectives.small import SmallAllreduce
 
 __all__ = ["Call", "Plan"]
 
@@ -41,6 +42,9 @@ class Plan(Generic[Result]):
         uses_native: Whether the task starts a collective of the MPI library.
         uses_staging: Whether the task uses the node's staging memory.
         nbytes: Bytes of what this rank brings.
+        bring: Writes what this rank brings to the meeting of the node's ranks; the task begins when all have come. For
+            blocking calls where there is a meeting.
+        small: What does the work of an all-reduce at the meeting.
     """
 
     description: str
@@ -48,3 +52,5 @@ class Plan(Generic[Result]):
     uses_native: bool = False
     uses_staging: bool = False
     nbytes: int = 0
+    bring: Callable[[], None] | None = None
+    small: SmallAllreduce | None = None

@@ -37,6 +37,13 @@ _SCHEDULE_CALL_S = 30e-6
 _NATIVE_CALL_S = 8e-6
 _STAGED_CALL_S = 35e-6
 _WINDOW_CALL_S = 24e-6
+_MEETING_CALL_S = 2.5e-6
+_MET_RANK_S = 0.1e-6
+# The ranks wait for each other's pieces.
+_STAGED_PIECE_S = 10e-6
+_STAGED_PIECE_NBYTES = 1 << 20
+# What is brought to the meeting of the node's ranks, with the default settings.
+_BROUGHT_NBYTES = 1 << 20
 
 # One round of a schedule, or one level of the tree that an MPI library builds.
 _ROUND_S = 20e-6
@@ -114,6 +121,8 @@ def predicted_s(
     if name == NATIVE:
         return _native_s(collective, nbytes, shape, blocking=blocking)
     if name in (DIRECT, HIERARCHICAL):
+        if name == DIRECT and blocking and not in_window and nbytes <= _BROUGHT_NBYTES:
+            return _MEETING_CALL_S + shape.size * _MET_RANK_S + nbytes * shape.size / _STAGED_BYTES_PER_S
         return _shared_memory_s(nbytes, shape, in_window=in_window)
     if name not in ALGORITHMS[collective]:
         raise ValueError(f"algorithm of {collective}: has no price, got {name!r}; name one of the registry")
@@ -142,6 +151,7 @@ def _shared_memory_s(nbytes: int, shape: Shape, *, in_window: bool) -> float:
     if not in_window:
         copied = 2 * (shape.largest - 1) / shape.largest
         call_s, byte_s = _STAGED_CALL_S, 1 / _STAGED_BYTES_PER_S + copied / _COPIED_BYTES_PER_S
+        call_s += (shape.largest - 1) * nbytes / _STAGED_PIECE_NBYTES * _STAGED_PIECE_S
     if shape.num_nodes == 1:
         return call_s + nbytes * byte_s
     num_rounds = 2 * (shape.num_nodes - 1)

@@ -6,10 +6,13 @@ import abc
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
+
 from mpitrain.collectives import operations
 from mpitrain.collectives.plan import Plan
 from mpitrain.collectives.progress import Handle
-from mpitrain.memory import ReduceOp
+from mpitrain.collectives.quick import QuickCalls
+from mpitrain.memory import ReduceOp, copy_of, flat_view
 
 __all__ = ["Collectives"]
 
@@ -33,6 +36,8 @@ class Collectives(abc.ABC):
             contents of the arrays that were to be written are undefined.
     """
 
+    _quick: QuickCalls
+
     @abc.abstractmethod
     def _run(self, make_plan: Callable[..., Plan[Result]], *arguments: Any, **options: Any) -> Result:
         """Make a plan and run it to its end."""
@@ -54,7 +59,17 @@ class Collectives(abc.ABC):
         `parts` is for "adasum", which does not work element by element: counts of the vectors that `array` holds one
         after another, each of which is combined by itself. Same on every rank.
         """
-        return self._run(operations.plan_allreduce, array, op=op, algorithm=algorithm, parts=parts)
+        quick, data = self._quick.find(array, op, algorithm)
+        if quick is None or parts is not None:
+            return self._run(operations.plan_allreduce, array, op=op, algorithm=algorithm, parts=parts)
+        if type(array) is np.ndarray:
+            result = np.empty_like(data)
+            quick.run(data, result)
+            return result.reshape(array.shape)
+        copy = copy_of(array)
+        data = flat_view(copy).data
+        quick.run(data, data)
+        return copy
 
     def allreduce_(
         self,
@@ -65,7 +80,11 @@ class Collectives(abc.ABC):
         parts: Sequence[int] | None = None,
     ) -> Any:
         """Reduce the arrays of all ranks in place; every rank returns its own `array`. See `allreduce`."""
-        return self._run(operations.plan_allreduce, array, op=op, algorithm=algorithm, parts=parts, in_place=True)
+        quick, data = self._quick.find(array, op, algorithm)
+        if quick is None or parts is not None:
+            return self._run(operations.plan_allreduce, array, op=op, algorithm=algorithm, parts=parts, in_place=True)
+        quick.run(data, data)
+        return array
 
     def allreduce_async(self, array: Any, **options: Any) -> Handle[Any]:
         """Start an `allreduce`, with its options."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from mpitrain.memory.adasum import add_weighted, inner_products
 from mpitrain.memory.arrays import FlatArray, allocate_like, copy_of, flat_view
+from mpitrain.memory.blocks import quiet_context
 from mpitrain.memory.dtypes import DTYPES, DType, as_dtype, dtype_named, dtype_of_numpy, dtype_of_torch
-from mpitrain.memory.reduction import ReduceOp, check_op, divide_by, parse_op, reduce_into, scale
+from mpitrain.memory.reduction import ReduceOp, check_op, divide_by, parse_op, plain_ufunc, reduce_into, scale
 from mpitrain.memory.scratch import ScratchPool
 from mpitrain.memory.shared import SharedArray, SharedBlock, allocate_window, free_shared_nbytes
 
@@ -31,6 +32,8 @@ __all__ = [
     "free_shared_nbytes",
     "inner_products",
     "parse_op",
+    "plain_ufunc",
+    "quiet_context",
     "reduce_into",
     "scale",
 ]

@@ -17,7 +17,7 @@ from mpitrain.memory.blocks import BLOCK_COUNT, apply_in_place, blocks, quiet
 from mpitrain.memory.dtypes import DType
 from mpitrain.memory.half import by_number_half, extreme_half, reduce_half
 
-__all__ = ["ReduceOp", "check_op", "divide_by", "parse_op", "reduce_into", "scale"]
+__all__ = ["ReduceOp", "check_op", "divide_by", "parse_op", "plain_ufunc", "reduce_into", "scale"]
 
 Storage: TypeAlias = NDArray[Any]
 
@@ -83,6 +83,11 @@ def check_op(op: ReduceOp, dtype: DType) -> None:
     elif op not in _UFUNCS[dtype.kind]:
         remedy = "convert to a floating-point dtype" if dtype.kind == "bool" else "reduce real and imaginary parts"
         raise TypeError(f"op: {op.name.lower()} is not defined for this dtype, got {dtype}; {remedy}")
+
+
+def plain_ufunc(op: ReduceOp, dtype: DType) -> np.ufunc | None:
+    """Return the ufunc that does all that `reduce_into` does; None for 16-bit floats, which are reduced in float32."""
+    return None if dtype.kind == "float" and dtype.itemsize == 2 else _UFUNCS[dtype.kind].get(op)
 
 
 def reduce_into(accumulator: Storage, operand: Storage, op: ReduceOp, dtype: DType) -> None:

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from mpitrain.collectives.context import Context
-from mpitrain.collectives.direct import Reduction
 from mpitrain.collectives.executor import Task
 from mpitrain.collectives.layout import Layout, even_counts
 from mpitrain.collectives.operations.adasum import plan_adasum
 from mpitrain.collectives.plan import Call, Plan
+from mpitrain.collectives.reduction import Reduction
 from mpitrain.collectives.selection import NATIVE
+from mpitrain.collectives.small import SmallAllreduce
 from mpitrain.memory import FlatArray, ReduceOp, SharedArray, check_op, copy_of, divide_by, flat_view, parse_op
 
 __all__ = ["plan_allreduce"]
@@ -58,6 +59,11 @@ def plan_allreduce(
     name = context.choose("allreduce", algorithm, view.nbytes, blocking=blocking, in_window=in_window)
     description = f"allreduce {op.name.lower()} of {dtype} {list(view.shape)} by {name}"
     if name == context.available.shared:
+        if blocking and context.meeting is not None and view.nbytes <= context.meeting.slot_nbytes:
+            small = SmallAllreduce(context.meeting, Reduction(dtype, op, context.size), view.count)
+            # What is in shared memory already is not copied there, if it takes two exchanges anyway.
+            if small.is_whole or not in_window:
+                return _plan_at_meeting(small, view, description)
         return _plan_in_node(context, array if in_window else None, view, op, description)
     uses_native = name == NATIVE
     if not uses_native:
@@ -74,6 +80,16 @@ def plan_allreduce(
         return view.owner
 
     return Plan(description, task, uses_native, nbytes=view.nbytes)
+
+
+def _plan_at_meeting(small: SmallAllreduce, view: FlatArray, description: str) -> Plan[Any]:
+    """Prepare an all-reduce of a small array that is brought to the meeting of the node's ranks."""
+
+    def task(_call: Call) -> Task[Any]:
+        yield from small.take(view.data, view.data)
+        return view.owner
+
+    return Plan(description, task, nbytes=view.nbytes, bring=lambda: small.bring(view.data), small=small)
 
 
 def _plan_in_node(

@@ -9,9 +9,10 @@ import pytest
 
 from mpitrain.collectives import direct
 from mpitrain.collectives.across import AcrossNodes
-from mpitrain.collectives.direct import Reduction, shared_allreduce, staged_allreduce
+from mpitrain.collectives.direct import shared_allreduce, staged_allreduce
 from mpitrain.collectives.node import Node
 from mpitrain.collectives.progress import drive
+from mpitrain.collectives.reduction import Reduction
 from mpitrain.comm import ThreadTransport, Topology, run_ranks
 from mpitrain.config import Settings
 from mpitrain.memory import ReduceOp, ScratchPool, dtype_named

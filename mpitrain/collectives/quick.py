@@ -1,0 +1,143 @@
+"""Blocking all-reduces like one before, without making a plan, which for small arrays would be most of the time.
+
+The first all-reduce of a signature goes the general way (`operations.allreduce`). Later ones do the same exchange with
+less ado; a rank may go either way without the others noticing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpitrain.collectives.agreement import digest_of, explain
+from mpitrain.collectives.context import Context
+from mpitrain.collectives.executor import Task
+from mpitrain.collectives.peers import text_of
+from mpitrain.collectives.plan import Call
+from mpitrain.collectives.small import SmallAllreduce
+from mpitrain.errors import CollectiveMismatchError
+from mpitrain.memory.loaded import loaded_torch
+
+__all__ = ["Caller", "QuickAllreduce", "QuickCalls"]
+
+# Signatures that are remembered; beyond, all are forgotten.
+_MOST_SIGNATURES = 512
+# Polls before a waiting rank goes the way that looks after failed peers and gives the core away.
+_POLLS = 100
+
+
+class Caller(Protocol):
+    """What makes calls on a communicator."""
+
+    def take_number(self, nbytes: int) -> int:
+        """Return the number of the next call, which begins now."""
+
+    def revoke(self, reason: str) -> None:
+        """Give the communicator up."""
+
+    def drive(self, task: Task[Any], description: str, index: int) -> Any:
+        """Run a task of a call to its end."""
+
+    def call_of(self, index: int) -> Call:
+        """Return the blocking call of a number."""
+
+
+class QuickAllreduce:
+    """All-reduces of one signature.
+
+    Args:
+        context: Of the communicator.
+        caller: The communicator.
+        small: Does the work.
+        description: As in the plan.
+        spin: Whether a waiting rank may poll.
+    """
+
+    def __init__(
+        self, context: Context, caller: Caller, small: SmallAllreduce, description: str, *, spin: bool
+    ) -> None:
+        assert context.meeting is not None
+        self._context = context
+        self._caller = caller
+        self._small = small
+        self._meeting = context.meeting
+        self._description = description
+        self._digest = digest_of(description)
+        self._polls = _POLLS if spin else 1
+
+    def run(self, data: NDArray[Any], result: NDArray[Any]) -> None:
+        """Reduce flat `data` into flat `result`, which may be the same.
+
+        Raises:
+            CollectiveMismatchError, CommError: As every collective.
+        """
+        small, meeting = self._small, self._meeting
+        index = self._caller.take_number(data.nbytes)
+        try:
+            if small.is_whole:
+                if not meeting.come(self._digest, small.own, data, self._polls):
+                    self._wait(index)
+                small.take_whole(result)
+            else:
+                small.bring(data)
+                meeting.arrive(self._digest)
+                self._wait(index)
+                self._caller.drive(small.take(data, result), self._description, index)
+        except CollectiveMismatchError:
+            raise  # all ranks know
+        except BaseException as error:
+            self._caller.revoke(f"{self._description}: {text_of(error)}")
+            raise
+
+    def _wait(self, index: int) -> None:
+        self._caller.drive(_until(self._meeting.is_complete), self._description, index)
+        if not self._meeting.agrees():
+            call = self._caller.call_of(index)
+            message = self._caller.drive(explain(self._context, self._description, call), self._description, index)
+            raise CollectiveMismatchError(message)
+
+
+class QuickCalls:
+    """The signatures that a communicator has seen."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, QuickAllreduce] = {}
+
+    def find(self, array: Any, op: Any, algorithm: str) -> tuple[QuickAllreduce | None, Any]:
+        """Return how to reduce `array`, and a flat view of it; None where it has to go the general way."""
+        try:
+            quick = self._known[type(array), array.dtype, array.shape, op, algorithm]
+        except (AttributeError, KeyError, TypeError):
+            return None, array
+        host = array if type(array) is np.ndarray else _host(array)
+        # Contiguous, aligned and writable; what is not gets its error, or its copy, on the general way.
+        if host is None or not host.flags.carray:
+            return None, array
+        return quick, host if host.ndim == 1 else host.reshape(-1)
+
+    def remember(self, array: Any, op: Any, algorithm: str, quick: QuickAllreduce) -> None:
+        """Find it from now on, if the kind of array is one that can be looked at quickly."""
+        if type(array) is not np.ndarray and _host(array) is None:
+            return
+        if len(self._known) >= _MOST_SIGNATURES:
+            self._known.clear()
+        self._known[type(array), array.dtype, array.shape, op, algorithm] = quick
+
+
+def _host(array: Any) -> NDArray[Any] | None:
+    """Return a torch CPU tensor as a NumPy array over the same memory; None for what is no such thing."""
+    torch = loaded_torch()
+    if torch is None or not isinstance(array, torch.Tensor) or not array.is_cpu or array.dtype is torch.bfloat16:
+        return None
+    try:
+        return array.detach().numpy()  # type: ignore[no-any-return]
+    except (RuntimeError, TypeError):
+        return None
+
+
+def _until(is_so: Callable[[], bool]) -> Task[None]:
+    while not is_so():
+        yield False

@@ -1,0 +1,163 @@
+"""Small all-reduces and the meeting of a node's ranks that carries them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mpitrain.collectives import Communicator
+from mpitrain.config import Settings
+from mpitrain.errors import CollectiveMismatchError, CommRevokedError, MpitrainError
+from tests.support.ranks import outcome, run_communicators
+
+pytestmark = pytest.mark.timeout(60)
+
+# Slots of 2 KiB.
+SETTINGS = Settings(wait="sleep", staging_nbytes=8192)
+
+
+def content(rank: int, count: int, dtype: str) -> np.ndarray:
+    """Different by rank and by index, and small enough that every sum is exact."""
+    return ((np.arange(count) * (rank + 2) + 3 * rank) % 31).astype(dtype)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+@pytest.mark.parametrize("dtype", ["float32", "int16", "float16"])
+def test_every_way_gives_the_sum_again_and_again(size: int, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # So that both kinds occur: every rank reduces all, and each a slice.
+    monkeypatch.setattr("mpitrain.collectives.small._MOST_READ_NBYTES", 300)
+
+    def body(comm: Communicator) -> list[np.ndarray]:
+        results = []
+        for count in (0, 1, 7, 64, 333, 5000):
+            plan_array = np.empty(count, dtype)
+            plan = comm.plan_allreduce_(plan_array, algorithm="direct")
+            for _ in range(3):
+                array = content(comm.rank, count, dtype)
+                before = array.copy()
+                assert comm.allreduce_(array, algorithm="direct") is array
+                copied = comm.allreduce(before, algorithm="direct")
+                assert np.array_equal(before, content(comm.rank, count, dtype))
+                plan_array[:] = before
+                assert plan.run() is plan_array
+                tensor = torch.from_numpy(before.copy())
+                assert comm.allreduce_(tensor, algorithm="direct") is tensor
+                new = comm.allreduce(torch.from_numpy(before), algorithm="direct")
+                results += [array, copied, plan_array.copy(), tensor.numpy(), new.numpy()]
+        return results
+
+    by_rank = run_communicators(size, body, settings=SETTINGS)
+    for index, result in enumerate(by_rank[0]):
+        parts = [content(rank, result.size, dtype).astype(np.float64) for rank in range(size)]
+        assert np.array_equal(result, sum(parts).astype(dtype))
+        assert all(np.array_equal(result, other[index]) for other in by_rank)
+
+
+@pytest.mark.parametrize("op", ["average", "min", "max", "product"])
+def test_shapes_and_operations_of_calls_seen_before(op: str) -> None:
+    def body(comm: Communicator) -> list[np.ndarray]:
+        results = []
+        for shape in ((), (3,), (2, 3), (2, 0)):
+            for _ in range(2):
+                array = np.full(shape, comm.rank + 1.5)
+                results.append(comm.allreduce(array, op=op, algorithm="direct"))
+                assert comm.allreduce_(array, op=op, algorithm="direct").shape == shape
+        return results
+
+    expected = {"average": 2.5, "min": 1.5, "max": 3.5, "product": 1.5 * 2.5 * 3.5}[op]
+    for results in run_communicators(3, body, settings=SETTINGS):
+        assert [result.shape for result in results[::2]] == [(), (3,), (2, 3), (2, 0)]
+        assert all(np.allclose(result, expected) for result in results)
+
+
+def test_ranks_may_go_different_ways() -> None:
+    """What one rank has seen before another may call in other words, or with another kind of array."""
+
+    def body(comm: Communicator) -> list[float]:
+        words = [{"op": "sum"}, {"op": 1, "algorithm": "direct"}, {"op": "sum", "algorithm": "direct"}]
+        results = []
+        for turn in range(6):
+            array = np.full(5, float(comm.rank + turn))
+            options = words[(turn + comm.rank) % 3]
+            both = torch.from_numpy(array) if (turn + comm.rank) % 2 else array
+            results.append(float(comm.allreduce_(both, **options)[0]))
+        return results
+
+    # Only "direct" may be chosen, so that "auto" is the same.
+    settings = SETTINGS.replace(algorithm="direct")
+    for results in run_communicators(3, body, settings=settings):
+        assert results == [3.0 * turn + 3.0 for turn in range(6)]
+
+
+def test_mismatch_after_calls_seen_before_leaves_the_communicator_usable() -> None:
+    def body(comm: Communicator) -> tuple[object, float]:
+        for count in (3, 4):
+            comm.allreduce_(np.zeros(count), algorithm="direct")
+        error = outcome(lambda: comm.allreduce_(np.zeros(3 + comm.rank % 2), algorithm="direct"))
+        return error, float(comm.allreduce_(np.ones(3), algorithm="direct")[0])
+
+    for error, total in run_communicators(3, body, settings=SETTINGS):
+        assert isinstance(error, CollectiveMismatchError)
+        assert "[3]" in str(error)
+        assert "[4]" in str(error)
+        assert total == 3.0
+
+
+def test_bad_argument_meets_a_call_seen_before() -> None:
+    def body(comm: Communicator) -> object:
+        comm.allreduce_(np.zeros((3, 2)), algorithm="direct")
+        # Not contiguous on rank 0, although it looks the same.
+        array = np.zeros((2, 3)).T if comm.rank == 0 else np.zeros((3, 2))
+        return outcome(lambda: comm.allreduce_(array, algorithm="direct"))
+
+    first, *others = run_communicators(3, body, settings=SETTINGS)
+    assert isinstance(first, ValueError)
+    assert "contiguous" in str(first)
+    assert all(isinstance(error, CollectiveMismatchError) for error in others)
+    assert all("contiguous" in str(error) for error in others)
+
+
+def test_whoever_waits_learns_that_a_rank_gave_up() -> None:
+    def body(comm: Communicator) -> object:
+        comm.allreduce_(np.zeros(3), algorithm="direct")
+        if comm.rank == 1:
+            comm.revoke("out of work")
+            return outcome(lambda: comm.allreduce_(np.zeros(3), algorithm="direct"))
+        return outcome(lambda: comm.allreduce_(np.zeros(3), algorithm="direct"))
+
+    for error in run_communicators(3, body, settings=SETTINGS):
+        assert isinstance(error, CommRevokedError)
+        assert "rank 1: out of work" in str(error)
+
+
+def test_whoever_waits_learns_that_a_rank_left() -> None:
+    def body(comm: Communicator) -> object:
+        comm.allreduce_(np.zeros(3), algorithm="direct")
+        if comm.rank == 2:
+            comm.leave("is done")
+            return None
+        return outcome(lambda: comm.allreduce_(np.zeros(3), algorithm="direct"))
+
+    *errors, _ = run_communicators(3, body, settings=SETTINGS)
+    for error in errors:
+        assert isinstance(error, MpitrainError)
+        assert "rank 2" in str(error)
+
+
+def test_a_failure_on_the_way_gives_the_communicator_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def body(comm: Communicator) -> object:
+        array = np.zeros(3)
+        comm.allreduce_(array, algorithm="direct")
+        if comm.rank == 0:
+            quick, _ = comm._quick.find(array, "sum", "direct")
+            assert quick is not None
+            quick._small.take_whole = lambda result: 1 / 0  # type: ignore[method-assign]
+        first = outcome(lambda: comm.allreduce_(array, algorithm="direct"))
+        second = outcome(lambda: comm.allreduce_(array, algorithm="direct"))
+        return first, second
+
+    (first, second), (_, other) = run_communicators(2, body, settings=SETTINGS)
+    assert isinstance(first, ZeroDivisionError)
+    assert isinstance(second, CommRevokedError)
+    assert isinstance(other, CommRevokedError)
