@@ -1,4 +1,8 @@
-"""Pickled objects over all-gathers of bytes."""
+"""Pickled objects: how they are made, and their way over all-gathers of bytes.
+
+Ranks of one job trust each other, as they run one program of one user: unpickling what a peer sends runs code that the
+peer chooses. Nothing that comes from elsewhere is unpickled: `training.checkpoint_file` reads files without that.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,25 @@ from numpy.typing import NDArray
 
 from mpitrain.collectives.verbs import Collectives
 
-__all__ = ["exchange_pickled"]
+__all__ = ["exchange_pickled", "try_pickle"]
+
+
+def try_pickle(value: Any) -> tuple[bytes, str]:
+    """Return the pickled value, or nothing and what is wrong.
+
+    What `pickle` refuses, functions without a name for example, is left to cloudpickle if that is installed.
+    """
+    try:
+        return pickle.dumps(value), ""
+    except Exception as problem:  # noqa: BLE001  (whatever a class's own pickling raises)
+        try:
+            import cloudpickle
+
+            return cloudpickle.dumps(value), ""
+        except ImportError:
+            return b"", f"{type(value).__qualname__} cannot be pickled ({problem}); cloudpickle is not installed"
+        except Exception:  # noqa: BLE001  (see above)
+            return b"", f"{type(value).__qualname__} cannot be pickled ({problem})"
 
 
 def exchange_pickled(comm: Collectives, rank: int, value: Any) -> list[bytes]:
@@ -20,10 +42,8 @@ def exchange_pickled(comm: Collectives, rank: int, value: Any) -> list[bytes]:
     Raises:
         ValueError: A value cannot be pickled; on every rank.
     """
-    try:
-        data, error = pickle.dumps(value), ""
-    except Exception as problem:  # noqa: BLE001  (whatever a class's own pickling raises)
-        data, error = b"", f"rank {rank}: {type(value).__qualname__} cannot be pickled ({problem})"
+    data, problem = try_pickle(value)
+    error = problem and f"rank {rank}: {problem}"
     header = np.array([[len(data), len(error.encode())]], np.int64)
     lengths = comm.allgather(header)
     if lengths[:, 1].any():

@@ -18,10 +18,14 @@ STANDS_FOR = "0.28.1"
 
 MODULES: dict[str, str | None] = {
     "horovod.common": None,
+    "horovod.common.elastic": "mpitrain.torch.elastic",
     "horovod.common.exceptions": "mpitrain.horovod.exceptions",
     "horovod.common.process_sets": "mpitrain.torch.world",
     "horovod.torch": "mpitrain.torch",
     "horovod.torch.compression": "mpitrain.torch.compression",
+    "horovod.torch.elastic": "mpitrain.torch.elastic",
+    "horovod.torch.elastic.sampler": "mpitrain.torch.elastic.sampler",
+    "horovod.torch.elastic.state": "mpitrain.torch.elastic.state",
     "horovod.torch.functions": "mpitrain.torch",
     "horovod.torch.mpi_ops": "mpitrain.torch",
     "horovod.torch.optimizer": "mpitrain.torch",

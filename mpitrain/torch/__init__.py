@@ -15,6 +15,7 @@ except ImportError as error:
     raise ImportError("mpitrain.torch needs PyTorch; install it first, or pip install mpitrain[torch]") from error
 
 from mpitrain.errors import CollectiveError as HorovodInternalError
+from mpitrain.torch import elastic
 from mpitrain.torch.compression import Compression
 from mpitrain.torch.exchanges import (
     alltoall,
@@ -109,6 +110,7 @@ __all__ = [
     "communicator",
     "cross_rank",
     "cross_size",
+    "elastic",
     "global_process_set",
     "grouped_allgather",
     "grouped_allgather_async",

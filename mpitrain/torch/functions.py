@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mpitrain.collectives import try_pickle
 from mpitrain.errors import CollectiveMismatchError
 from mpitrain.torch.exchanges import broadcast, root_of
 from mpitrain.torch.gathers import allgather
@@ -74,7 +75,7 @@ def broadcast_object(
     Ranks of one job trust each other: unpickling runs code that the root chooses.
 
     Args:
-        obj: Anything that can be pickled; ignored on other ranks than the root.
+        obj: Anything that pickle takes, or cloudpickle where it is installed; ignored on other ranks than the root.
         root_rank: Global rank.
         name: Same on every rank.
         process_set: Whose ranks take part.
@@ -85,7 +86,7 @@ def broadcast_object(
     """
     root = root_of(root_rank, process_set)
     is_root = negotiator_of(process_set, "broadcast_object").comm.rank == root
-    data, problem = _pickled(obj) if is_root else (b"", "")
+    data, problem = try_pickle(obj) if is_root else (b"", "")
     content = problem.encode() if problem else data
     header = torch.tensor([len(content), bool(problem)], dtype=torch.int64)
     length, has_failed = broadcast(header, root_rank, _part(name, "size"), process_set).tolist()
@@ -103,7 +104,7 @@ def allgather_object(obj: Any, name: str | None = None, process_set: ProcessSet 
     Ranks of one job trust each other: unpickling runs code that a peer chooses.
 
     Args:
-        obj: Anything that can be pickled.
+        obj: Anything that pickle takes, or cloudpickle where it is installed.
         name: Same on every rank.
         process_set: Whose ranks take part.
 
@@ -111,7 +112,7 @@ def allgather_object(obj: Any, name: str | None = None, process_set: ProcessSet 
         ValueError: An object cannot be pickled; on every rank.
         HorovodInternalError: The ranks could not exchange messages.
     """
-    data, problem = _pickled(obj)
+    data, problem = try_pickle(obj)
     content = problem.encode() if problem else data
     headers = allgather(torch.tensor([[len(content), bool(problem)]]), _part(name, "sizes"), process_set)
     payload = torch.frombuffer(bytearray(content), dtype=torch.uint8)
@@ -204,13 +205,6 @@ def _named_tensors(params: Any) -> list[tuple[str, Tensor]]:
     else:
         raise ValueError(f"invalid params of type: {type(params)}; pass a state dict or named parameters")  # noqa: TRY004  (Horovod's class)
     return [(name, tensor) for name, tensor in items if isinstance(tensor, torch.Tensor)]
-
-
-def _pickled(obj: Any) -> tuple[bytes, str]:
-    try:
-        return pickle.dumps(obj), ""
-    except Exception as problem:  # noqa: BLE001  (whatever a class's own pickling raises)
-        return b"", f"{type(obj).__qualname__} cannot be pickled ({problem})"
 
 
 def _bytes(length: int) -> Tensor:

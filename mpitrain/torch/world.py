@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from mpitrain.collectives import Communicator
@@ -26,6 +26,7 @@ __all__ = [
     "cross_size",
     "global_process_set",
     "init",
+    "init_again",
     "is_homogeneous",
     "is_initialized",
     "local_rank",
@@ -99,6 +100,7 @@ class _World:
 
 
 _world: _World | None = None
+_last_init: Callable[[], None] | None = None
 
 
 def init(comm: MPI.Comm | Sequence[int] | None = None, *, settings: Settings | None = None) -> None:
@@ -114,8 +116,9 @@ def init(comm: MPI.Comm | Sequence[int] | None = None, *, settings: Settings | N
         ValueError: Unusable ranks, or an environment variable of the settings with an unusable value.
         UnavailableError: MPI lacks the thread level that the progress thread needs.
     """
-    global _world  # noqa: PLW0603  (the one default communicator of the process)
+    global _world, _last_init  # noqa: PLW0603  (the one default communicator of the process)
     if _world is None:
+        _last_init = functools.partial(init, comm, settings=settings)
         _world = _World(Communicator.from_mpi(comm, settings=settings))
         if _world.comm.rank == 0:
             _name_unused_variables()
@@ -126,6 +129,17 @@ def _name_unused_variables() -> None:
     """Say once which variables of Horovod are set in vain."""
     if names := unused_horovod_variables():
         _log.warning("r0 | not used here: %s; docs/horovod.md says why", ", ".join(names))
+
+
+def init_again() -> None:
+    """Call `init` as it was called the last time. Every rank must call, after `shutdown`.
+
+    Raises:
+        NotInitializedError: `init` has never been called.
+    """
+    if _last_init is None:
+        raise _not_initialized()
+    _last_init()
 
 
 def shutdown() -> None:
@@ -274,5 +288,9 @@ def communication_counters() -> CommunicationCounters:
 
 def _initialized() -> _World:
     if _world is None:
-        raise NotInitializedError("mpitrain has not been initialized; call mpitrain.torch.init() first")
+        raise _not_initialized()
     return _world
+
+
+def _not_initialized() -> NotInitializedError:
+    return NotInitializedError("mpitrain has not been initialized; call mpitrain.torch.init() first")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import decimal
+import sys
 
 import pytest
 
@@ -204,6 +205,25 @@ def test_allgather_object():
     expected = [{"rank": rank, "padding": "x" * 1000 * rank} for rank in range(hvd.size())]
     assert hvd.allgather_object(mine) == expected
     assert hvd.allgather_object(mine, name="metrics") == expected
+
+
+def test_functions_without_a_name_go_where_cloudpickle_is_installed():
+    pytest.importorskip("cloudpickle")
+    rank = hvd.rank()
+    assert hvd.broadcast_object({"scale": lambda epoch: 10 * epoch + rank})["scale"](3) == 30
+    assert [function(1) for function in hvd.allgather_object(lambda step: step + rank)] == [
+        1 + other for other in range(hvd.size())
+    ]
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    optimizer.param_groups[0]["warm_up"] = lambda step: step * 2 + rank
+    hvd.broadcast_optimizer_state(optimizer, 0)
+    assert optimizer.param_groups[0]["warm_up"](4) == 8
+
+
+def test_without_cloudpickle_they_are_an_error_that_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cloudpickle", None)
+    with pytest.raises(ValueError, match=r"function cannot be pickled \(.*\); cloudpickle is not installed"):
+        hvd.broadcast_object(lambda: None)
 
 
 class Stubborn:
