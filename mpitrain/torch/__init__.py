@@ -58,6 +58,7 @@ from mpitrain.torch.reductions import (
     grouped_allreduce_async_,
 )
 from mpitrain.torch.sparse import sparse_allreduce_async
+from mpitrain.torch.sync_batch_norm import SyncBatchNorm
 from mpitrain.torch.world import (
     ProcessSet,
     add_process_set,
@@ -88,6 +89,7 @@ __all__ = [
     "ProcessSet",
     "Product",
     "Sum",
+    "SyncBatchNorm",
     "add_process_set",
     "allgather",
     "allgather_async",

@@ -83,6 +83,6 @@ class NamedGradients:
         return wait
 
     def _start_sparse(self, slot: Slot, grad: Tensor) -> Callable[[], Tensor]:
-        reduction = self._reduction
-        wait = sparse_allreduce_async(grad.coalesce(), slot.name, reduction.op, reduction.process_set)
+        # Entries of one index are added up before they travel.
+        wait = sparse_allreduce_async(grad.coalesce(), slot.name, self._reduction.op, self._reduction.process_set)
         return lambda: wait().coalesce()

@@ -69,6 +69,14 @@ class ProcessSet:
         """Whether this process belongs to the set, which has been added."""
         return self.negotiator is not None
 
+    def __deepcopy__(self, memo: object) -> ProcessSet:
+        # What a copied model refers to are the same ranks.
+        return self
+
+    def __reduce__(self) -> str | tuple[type[ProcessSet], tuple[list[int] | None]]:
+        # Of what is loaded elsewhere, only all ranks are a set without being added.
+        return "global_process_set" if self is global_process_set else (ProcessSet, (self.ranks,))
+
     def __repr__(self) -> str:
         return f"ProcessSet(process_set_id={self.process_set_id}, ranks={self.ranks})"
 
