@@ -113,7 +113,7 @@ def run(
             return 0
         # Slurm knows its hosts itself.
         check_names(() if found.kind == "slurm" else placed)
-        outcome = run_job(command, environ, request.token)
+        outcome = run_job(command, environ, request.token, size)
     except (LaunchError, ValueError) as error:
         raise JobError(str(error), is_speaker=True) from error
     if outcome.failure is not None:
@@ -122,6 +122,11 @@ def run(
             f"mpitrain: rank {failure.rank} on {failure.host} failed first, with status {failure.status}; "
             "the others were stopped",
             err=True,
+        )
+    if outcome.lost:
+        ranks = ", ".join(map(str, outcome.lost))
+        click.echo(
+            f"mpitrain: lost ranks {ranks}; nothing says how they ended, see whether their hosts are up", err=True
         )
     return outcome.status
 

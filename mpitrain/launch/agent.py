@@ -2,8 +2,8 @@
 
     python agent.py [--tag] [--token WORD] -- PROGRAM [ARGUMENT...]
 
-With `--tag` each line of output begins with the rank. With `--token` a failure of the program is reported in a line
-"WORD RANK STATUS HOST" on standard error. Signals go on to the program, and the program ends with the agent. Of an
+With `--tag` each line of output begins with the rank. With `--token` the end of the program is reported in a line
+"WORD RANK STATUS HOST TIME" on standard error. Signals go on to the program, and the program ends with the agent. Of an
 argument of backslashes and a colon one backslash is taken away: a lone colon would end the program for launchers.
 """
 
@@ -18,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 __all__ = ["die_with_parent", "main"]
@@ -146,8 +147,8 @@ def main(arguments: Sequence[str]) -> int:
         reason = f"{tag.decode()}mpitrain: cannot run {program[0]!r} on {socket.gethostname()}: {error.strerror}\n"
         os.write(2, reason.encode(errors="surrogateescape"))
     # A rank that the launcher has stopped is no news.
-    if status and token and signal.SIGTERM not in received:
-        os.write(2, f"{token} {rank} {status} {socket.gethostname()}\n".encode())
+    if token and signal.SIGTERM not in received:
+        os.write(2, f"{token} {rank} {status} {socket.gethostname()} {time.time()}\n".encode())
     return status
 
 

@@ -1,4 +1,4 @@
-"""Watches over a launcher: passes its output on, notes the first rank that fails, and ends all when it is time."""
+"""Watches over a launcher: passes its output on, notes how ranks end, and ends all when one has failed."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ __all__ = ["Failure", "Outcome", "run_job"]
 
 _READ_NBYTES = 1 << 16
 _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# Launchers stop the other ranks by themselves when one has failed, and all when they are asked to.
-_GRACE_S = 10.0
+# Most launchers stop the other ranks when one has failed, and those have something to say before; MPICH's leaves those
+# on other hosts running.
+_GRACE_S = 3.0
+# How long a launcher that was asked to end may take, and one that was killed.
+_ENDING_S = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +35,13 @@ class Failure:
         rank: Its rank.
         status: Exit status of its program; 128 and the signal's number if one has ended it.
         host: Where it ran.
+        time_s: When it ended, by that host's clock.
     """
 
     rank: str
     status: int
     host: str
+    time_s: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +52,15 @@ class Outcome:
         status: Exit status for this process: that of the first rank that failed, or 128 and the number of a signal
             that this process got, or the launcher's.
         failure: Of the first rank that failed, if one did.
+        lost: Ranks of which nothing was heard any more, though the launcher says that all is well.
     """
 
     status: int
-    failure: Failure | None
+    failure: Failure | None = None
+    lost: tuple[int, ...] = ()
 
 
-def run_job(command: Sequence[str], environ: Mapping[str, str], token: str) -> Outcome:
+def run_job(command: Sequence[str], environ: Mapping[str, str], token: str, size: int) -> Outcome:
     """Run the launcher to its end.
 
     Its output becomes this process's. When a rank fails, or this process gets a signal to end, everything is ended:
@@ -62,7 +69,8 @@ def run_job(command: Sequence[str], environ: Mapping[str, str], token: str) -> O
     Args:
         command: Launcher and arguments, as from `build_command`.
         environ: Its environment.
-        token: Word that begins a report of failure.
+        token: Word that begins the report of an agent.
+        size: Number of ranks.
 
     Raises:
         LaunchError: The launcher cannot be started.
@@ -79,13 +87,17 @@ def run_job(command: Sequence[str], environ: Mapping[str, str], token: str) -> O
         except OSError as error:
             raise LaunchError(f"{command[0]}: cannot be started, {error.strerror}; see mpitrain doctor") from error
         with process:
-            failure = _Watch(process, token, wake, caught).run()
+            watch = _Watch(process, token, wake, caught)
+            watch.run()
         status = process.returncode
-    if failure is not None:
-        return Outcome(failure.status, failure)
+    if watch.failure is not None:
+        return Outcome(watch.failure.status, watch.failure)
     if caught:
-        return Outcome(128 + caught[0], None)
-    return Outcome(status if status >= 0 else 128 - status, None)
+        return Outcome(128 + caught[0])
+    if status == 0 and len(watch.ended) < size:
+        # Open MPI 5 has been seen to end with 0 after a host was lost.
+        return Outcome(1, lost=tuple(rank for rank in range(size) if str(rank) not in watch.ended))
+    return Outcome(status if status >= 0 else 128 - status)
 
 
 @contextlib.contextmanager
@@ -108,21 +120,27 @@ def _caught_signals() -> Iterator[tuple[int, list[int]]]:
 
 
 class _Watch:
-    """One run of a launcher."""
+    """One run of a launcher.
+
+    Attributes:
+        failure: Of the first rank that failed.
+        ended: Ranks whose programs have ended.
+    """
 
     def __init__(self, process: subprocess.Popen[bytes], token: str, wake: int, caught: list[int]) -> None:
         self._process = process
         self._report = f"{token} ".encode()
         self._wake = wake
         self._caught = caught
-        self._failure: Failure | None = None
+        self.failure: Failure | None = None
+        self.ended: set[str] = set()
         # What is done next if the launcher does not end, and when. Output that is still open then is left alone.
         self._steps = iter((process.terminate, process.kill, self._give_up))
         self._is_given_up = False
         self._deadline_s: float | None = None
 
-    def run(self) -> Failure | None:
-        """Pass output on until there is no more; return the first failure."""
+    def run(self) -> None:
+        """Pass output on until there is no more."""
         assert self._process.stdout is not None
         assert self._process.stderr is not None
         rests = {self._process.stdout.fileno(): b"", self._process.stderr.fileno(): b""}
@@ -140,7 +158,6 @@ class _Watch:
                     if not data:
                         selector.unregister(key.fd)
                 self._go_on()
-        return self._failure
 
     def _pass_on(self, text: bytes, dest: IO[bytes], *, at_end: bool) -> bytes:
         """Write whole lines, take reports out; return the rest of a line that could become a report."""
@@ -164,10 +181,14 @@ class _Watch:
         before, report, after = line.partition(self._report)
         if not report:
             return line
-        if self._failure is None:
-            rank, status, host = after.decode(errors="replace").split()
-            self._failure = Failure(rank, int(status), host)
-            self._deadline_s = time.monotonic() + _GRACE_S
+        rank, status, host, time_s = after.decode(errors="replace").split()
+        self.ended.add(rank)
+        if int(status):
+            failure = Failure(rank, int(status), host, float(time_s))
+            if self.failure is None:
+                self._deadline_s = time.monotonic() + _GRACE_S
+            # What ranks do that miss the first one may be heard of earlier.
+            self.failure = min(self.failure or failure, failure, key=lambda each: each.time_s)
         return before or None
 
     def _remaining_s(self) -> float | None:
@@ -178,4 +199,4 @@ class _Watch:
         is_due = self._deadline_s is not None and time.monotonic() >= self._deadline_s
         if is_due or (self._caught and self._deadline_s is None):
             next(self._steps)()
-            self._deadline_s = time.monotonic() + _GRACE_S
+            self._deadline_s = time.monotonic() + _ENDING_S

@@ -139,7 +139,7 @@ class Cluster:
     def mpi_environ(self) -> dict[str, str]:
         """Return the variables by which Open MPI and MPICH start ranks on the hosts and send over the right network."""
         return {
-            "MPITRAIN_TEST_CLUSTER": str(self._folder),
+            "EMULATED_CLUSTER": str(self._folder),
             "OMPI_ALLOW_RUN_AS_ROOT": "1",
             "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
             "PRTE_MCA_plm_ssh_agent": str(_AGENT),
