@@ -94,6 +94,16 @@ class Transport(abc.ABC):
         Every rank must call.
         """
 
+    def ranks_of(self, comm: Any) -> list[int] | None:
+        """Return the ranks here of the members of an MPI communicator; -1 for one that has none.
+
+        None for a null communicator.
+
+        Raises:
+            TypeError: These ranks know nothing of MPI.
+        """
+        raise TypeError(f"comm: must be of the same kind as these ranks, got {comm!r}; pass ranks")
+
     @abc.abstractmethod
     def free(self) -> None:
         """Release what the transport holds. Every rank must call, with no operation in flight."""

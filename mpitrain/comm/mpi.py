@@ -142,6 +142,16 @@ class MPITransport(Transport):
             part.Free()
         return transport
 
+    def ranks_of(self, comm: MPI.Comm) -> list[int] | None:
+        if comm == MPI.COMM_NULL:
+            return None
+        with translated_errors("ranks of a communicator"):
+            theirs, ours = comm.Get_group(), self._data.Get_group()
+            ranks = MPI.Group.Translate_ranks(theirs, list(range(theirs.Get_size())), ours)
+            theirs.Free()
+            ours.Free()
+        return [-1 if rank == MPI.UNDEFINED else rank for rank in ranks]
+
     def abort(self) -> None:
         MPI.COMM_WORLD.Abort(1)
 

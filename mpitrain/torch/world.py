@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from mpitrain.collectives import Communicator
@@ -13,6 +12,7 @@ from mpitrain.config import Settings, unused_horovod_variables
 from mpitrain.errors import NotInitializedError
 from mpitrain.negotiation import Negotiator
 from mpitrain.observe import CommunicationCounters
+from mpitrain.torch.process_sets import ProcessSet, World, agreed_removals, global_process_set
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -41,95 +41,47 @@ __all__ = [
 _log = logging.getLogger("mpitrain")
 
 
-class ProcessSet:
-    """Some of the ranks, which run collectives of their own without the others.
-
-    Args:
-        ranks: Global ranks, different from each other.
-
-    Attributes:
-        process_set_id: Number of the set, 0 for all ranks; None until it is added.
-        ranks: Global ranks of the set, ascending; None for all ranks before `init`.
-    """
-
-    def __init__(self, ranks: Sequence[int] | None) -> None:
-        self.process_set_id: int | None = None
-        self.ranks = None if ranks is None else sorted(int(rank) for rank in ranks)
-        self.negotiator: Negotiator | None = None
-
-    def size(self) -> int | None:
-        """Number of ranks in the set; None until it is added."""
-        return None if self.process_set_id is None or self.ranks is None else len(self.ranks)
-
-    def rank(self) -> int | None:
-        """Rank of this process within the set; None if it is not included or the set not added."""
-        return self.negotiator.comm.rank if self.negotiator is not None else None
-
-    def included(self) -> bool:
-        """Whether this process belongs to the set, which has been added."""
-        return self.negotiator is not None
-
-    def __deepcopy__(self, memo: object) -> ProcessSet:
-        # What a copied model refers to are the same ranks.
-        return self
-
-    def __reduce__(self) -> str | tuple[type[ProcessSet], tuple[list[int] | None]]:
-        # Of what is loaded elsewhere, only all ranks are a set without being added.
-        return "global_process_set" if self is global_process_set else (ProcessSet, (self.ranks,))
-
-    def __repr__(self) -> str:
-        return f"ProcessSet(process_set_id={self.process_set_id}, ranks={self.ranks})"
-
-
-global_process_set = ProcessSet(None)
-"""All ranks."""
-
-
-class _World:
-    """What exists between `init` and `shutdown`."""
-
-    def __init__(self, comm: Communicator) -> None:
-        self.comm = comm
-        self.process_sets: dict[int, ProcessSet] = {}
-        self.ids = itertools.count()
-        self.register(global_process_set, list(range(comm.size)), comm)
-
-    def register(self, process_set: ProcessSet, ranks: list[int], comm: Communicator | None) -> None:
-        process_set.process_set_id = next(self.ids)
-        process_set.ranks = ranks
-        process_set.negotiator = None if comm is None else Negotiator(comm)
-        self.process_sets[process_set.process_set_id] = process_set
-
-    def forget(self, process_set: ProcessSet) -> None:
-        assert process_set.process_set_id is not None
-        del self.process_sets[process_set.process_set_id]
-        process_set.process_set_id = None
-        process_set.negotiator = None
-
-
-_world: _World | None = None
+_world: World | None = None
 _last_init: Callable[[], None] | None = None
 
 
-def init(comm: MPI.Comm | Sequence[int] | None = None, *, settings: Settings | None = None) -> None:
+def init(
+    comm: MPI.Comm | Sequence[int] | None = None,
+    process_sets: Sequence[ProcessSet | Iterable[int] | MPI.Comm] | str | None = None,
+    *,
+    settings: Settings | None = None,
+) -> None:
     """Start: make the communicator that all functions of this module use. A second call does nothing.
 
     Every rank must call. Initialises MPI if nobody has, and starts no thread.
 
     Args:
         comm: mpi4py communicator, or global ranks of which each must call; all ranks if not given.
+        process_sets: To be added, the same on every rank. Further ones may be added at any time: "dynamic", which
+            Horovod wants for that, is accepted.
         settings: Same on every rank; read from the environment if not given.
 
     Raises:
-        ValueError: Unusable ranks, or an environment variable of the settings with an unusable value.
+        ValueError: Unusable ranks or process sets, or an environment variable of the settings with an unusable value.
         UnavailableError: MPI lacks the thread level that the progress thread needs.
     """
     global _world, _last_init  # noqa: PLW0603  (the one default communicator of the process)
-    if _world is None:
-        _last_init = functools.partial(init, comm, settings=settings)
-        _world = _World(Communicator.from_mpi(comm, settings=settings))
-        if _world.comm.rank == 0:
-            _name_unused_variables()
+    if _world is not None:
+        return
+    sets = [] if process_sets is None or process_sets == "dynamic" else process_sets
+    if isinstance(sets, str):
+        raise ValueError(f'process_sets: must be process sets or "dynamic", got {sets!r}')  # noqa: TRY004  (a bad word)
+    made = [_as_process_set(process_set) for process_set in sets]
+    _last_init = functools.partial(init, comm, made, settings=settings)
+    _world = World(Communicator.from_mpi(comm, settings=settings))
+    global_process_set.mpi_comm = None if comm is None or isinstance(comm, Sequence) else comm
+    try:
+        _world.add(made)
+    except ValueError:
+        shutdown()
+        raise
+    if _world.comm.rank == 0:
+        _name_unused_variables()
 
 
 @functools.cache
@@ -163,7 +115,7 @@ def shutdown() -> None:
             # Takes along the negotiator, and the optimizers of the set.
             process_set.negotiator.group.leave("has shut down")
         _world.forget(process_set)
-    global_process_set.ranks = None
+    global_process_set.ranks = global_process_set.mpi_comm = None
     _world.comm.engine.close()
     _world = None
 
@@ -203,8 +155,12 @@ def negotiator_of(process_set: ProcessSet, operation: str) -> Negotiator:
     return process_set.negotiator
 
 
-def add_process_set(process_set: ProcessSet | Sequence[int]) -> ProcessSet:
+def add_process_set(process_set: ProcessSet | Iterable[int] | MPI.Comm) -> ProcessSet:
     """Make a process set usable. Every rank must call, the ranks outside the set too.
+
+    Args:
+        process_set: The same on every rank. If it is, or was made from, an mpi4py communicator, each rank passes the
+            one that it belongs to, and all of these become sets.
 
     Raises:
         NotInitializedError: Before `init`.
@@ -212,19 +168,8 @@ def add_process_set(process_set: ProcessSet | Sequence[int]) -> ProcessSet:
             on every rank.
     """
     current = _initialized()
-    made = process_set if isinstance(process_set, ProcessSet) else ProcessSet(process_set)
-    proposals = current.comm.allgather_obj(made.ranks)
-    ranks = proposals[0]
-    if any(proposal != ranks for proposal in proposals):
-        raise ValueError(f"process set: must be the same on every rank, got {proposals} by rank; pass equal ranks")
-    if not ranks or len(set(ranks)) != len(ranks) or ranks[0] < 0 or ranks[-1] >= current.comm.size:
-        raise ValueError(
-            f"process set: must have different ranks of 0 to {current.comm.size - 1}, got {ranks}; correct the ranks"
-        )
-    for existing in current.process_sets.values():
-        if existing.ranks == ranks:
-            raise ValueError(f"process set: exists already, got {ranks}; use {existing}")
-    current.register(made, ranks, current.comm.split(0 if current.comm.rank in ranks else None))
+    made = _as_process_set(process_set)
+    current.add([made])
     return made
 
 
@@ -233,15 +178,21 @@ def remove_process_set(process_set: ProcessSet) -> bool:
 
     Returns:
         Whether there was one; False for the global set.
+
+    Raises:
+        NotInitializedError: Before `init`.
+        ValueError: Ranks want different sets removed; on every rank.
     """
     current = _initialized()
-    if process_set is global_process_set or process_set.process_set_id not in current.process_sets:
-        return False
-    if process_set.negotiator is not None:
-        process_set.negotiator.free()
-        process_set.negotiator.group.free()
-    current.forget(process_set)
-    return True
+    number = process_set.process_set_id if process_set in current.process_sets.values() else None
+    numbers = current.comm.allgather_obj(None if process_set is global_process_set else number)
+    for removed in agreed_removals(numbers, current.process_sets):
+        current.free(current.process_sets[removed])
+    return numbers[current.comm.rank] is not None
+
+
+def _as_process_set(process_set: ProcessSet | Iterable[int] | MPI.Comm) -> ProcessSet:
+    return process_set if isinstance(process_set, ProcessSet) else ProcessSet(process_set)
 
 
 def size() -> int:
@@ -294,7 +245,7 @@ def communication_counters() -> CommunicationCounters:
     return communicator().engine.counters
 
 
-def _initialized() -> _World:
+def _initialized() -> World:
     if _world is None:
         raise _not_initialized()
     return _world

@@ -21,11 +21,15 @@ CALLS = {
     "cross_rank": hvd.cross_rank,
     "cross_size": hvd.cross_size,
     "is_homogeneous": hvd.is_homogeneous,
+    "mpi_threads_supported": hvd.mpi_threads_supported,
     "allreduce": lambda: hvd.allreduce(torch.ones(1)),
     "allreduce_": lambda: hvd.allreduce_(torch.ones(1)),
     "allreduce_async": lambda: hvd.allreduce_async(torch.ones(1)),
     "grouped_allreduce": lambda: hvd.grouped_allreduce([torch.ones(1)]),
     "allgather": lambda: hvd.allgather(torch.ones(1)),
+    "grouped_allgather": lambda: hvd.grouped_allgather([torch.ones(1)]),
+    "grouped_reducescatter": lambda: hvd.grouped_reducescatter([torch.ones(1)]),
+    "sparse_allreduce_async": lambda: hvd.sparse_allreduce_async(torch.ones(1).to_sparse(), "a", hvd.Sum),
     "broadcast": lambda: hvd.broadcast(torch.ones(1), 0),
     "alltoall": lambda: hvd.alltoall(torch.ones(1)),
     "reducescatter": lambda: hvd.reducescatter(torch.ones(1)),
@@ -131,6 +135,93 @@ def test_init_with_a_communicator():
     # It was duplicated: messages and the end of the one that was given do not matter.
     reversed_ranks.Free()
     assert hvd.broadcast(torch.tensor([world.rank]), 0).item() == world.size - 1
+
+
+def test_queries(world):
+    assert (hvd.mpi_built(), hvd.mpi_enabled(), hvd.mpi_threads_supported()) == (True, True, True)
+    for query in (hvd.gloo_built, hvd.gloo_enabled, hvd.cuda_built, hvd.rocm_built, hvd.ddl_built, hvd.ccl_built):
+        assert query() is False
+    # Scripts use it as a number of a version, and as a truth.
+    assert hvd.nccl_built() == 0
+    assert type(hvd.nccl_built()) is int
+
+
+def test_process_sets_of_init():
+    size = MPI.COMM_WORLD.size
+    last, everybody_else = hvd.ProcessSet([size - 1]), hvd.ProcessSet(range(size - 1))
+    made = [last, everybody_else] if size > 2 else [last] if size > 1 else []
+    for _ in range(2):
+        hvd.init(process_sets=made)
+        for index, process_set in enumerate(made):
+            assert process_set.process_set_id == index + 1
+            if process_set.included():
+                total = hvd.allreduce(torch.tensor([hvd.rank() + 1]), op=hvd.Sum, process_set=process_set).item()
+                assert total == sum(rank + 1 for rank in process_set.ranks)
+        hvd.shutdown()
+        assert [process_set.process_set_id for process_set in made] == [None] * len(made)
+
+
+def test_process_sets_of_init_may_be_dynamic():
+    hvd.init(process_sets="dynamic")
+    if hvd.size() > 1:
+        assert hvd.add_process_set([1]).included() == (hvd.rank() == 1)
+
+
+@pytest.mark.parametrize("unusable", ["static", [[0], [0]], [[-1]], [["a"]], [3]], ids=str)
+def test_unusable_process_sets_of_init_leave_nothing_behind(unusable):
+    with pytest.raises(ValueError, match=r"process.sets?: |ProcessSet should be initialized"):
+        hvd.init(process_sets=unusable)
+    assert not hvd.is_initialized()
+    hvd.init()
+    hvd.barrier()
+
+
+@pytest.mark.mpi(min_size=2)
+def test_process_sets_of_init_must_be_the_same_on_every_rank():
+    for mine in ([[0]] * MPI.COMM_WORLD.rank, [[min(MPI.COMM_WORLD.rank, 1)]]):
+        with pytest.raises(ValueError, match=r"process sets?: must be the same on every rank"):
+            hvd.init(process_sets=mine)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_process_sets_of_communicators():
+    world = MPI.COMM_WORLD
+    halves = world.Split(world.rank % 2, key=-world.rank)
+    pair = world.Split(0 if world.rank < 2 else MPI.UNDEFINED)
+    mine = hvd.ProcessSet(halves)
+    assert mine.ranks is None
+    hvd.init(world, process_sets=[mine])
+    assert hvd.global_process_set.mpi_comm is world
+    assert mine.mpi_comm is halves
+    assert mine.process_set_id == 1 + world.rank % 2
+    assert mine.ranks == list(range(world.rank % 2, world.size, 2))
+    gathered = hvd.allgather(torch.tensor([world.rank]), process_set=mine)
+    assert gathered.tolist() == mine.ranks
+    # Known where it has no members, so that it is not made twice, and its number is used once.
+    with pytest.raises(ValueError, match="process set: exists already"):
+        hvd.add_process_set([0] if world.size == 2 else list(range(0, world.size, 2)))
+    if world.size > 2:
+        added = hvd.add_process_set(pair)
+        assert added.process_set_id == (3 if pair else None)
+        assert added.included() == bool(pair)
+        if added.included():
+            assert hvd.allreduce(torch.ones(1), op=hvd.Sum, process_set=added).item() == 2
+        assert hvd.remove_process_set(added) == bool(pair)
+    assert hvd.remove_process_set(mine)
+    halves.Free()
+    if pair:
+        pair.Free()
+
+
+@pytest.mark.mpi(min_size=3)
+def test_process_sets_are_removed_by_all_or_none(world):
+    pair, others = hvd.add_process_set([0, 1]), hvd.add_process_set([1, 2])
+    with pytest.raises(ValueError, match="process set: must be removed by all its ranks"):
+        hvd.remove_process_set(pair if world.rank == 0 else others)
+    for each in (pair, others):
+        if each.included():
+            hvd.barrier(each)
+        assert hvd.remove_process_set(each)
 
 
 def test_global_process_set(world):
