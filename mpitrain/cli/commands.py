@@ -13,9 +13,11 @@ import click
 
 import mpitrain
 from mpitrain.cli.bench import bench
+from mpitrain.cli.explain import explain
 from mpitrain.cli.job import JobError, meet
 from mpitrain.cli.options import parse_nbytes_option
 from mpitrain.cli.run import run as run_command
+from mpitrain.cli.simulate import simulate
 from mpitrain.cli.tune import Request, tune_job
 from mpitrain.cli.tuning import COLLECTIVES
 from mpitrain.config import Settings
@@ -72,7 +74,8 @@ def tune(**options: Any) -> None:
     tune_job(request, settings)
 
 
-commands.add_command(bench)
+for _command in (bench, explain, simulate):
+    commands.add_command(_command)
 commands.add_command(run_command)
 
 

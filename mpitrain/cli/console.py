@@ -11,7 +11,7 @@ import rich.console
 __all__ = ["is_terminal", "make_console"]
 
 # Columns of a table that goes to a file, where no window says how wide it may be.
-_FILE_WIDTH = 110
+_FILE_WIDTH = 132
 
 
 def is_terminal() -> bool:

@@ -9,7 +9,7 @@ from mpitrain.schedules.algorithm import Algorithm
 from mpitrain.schedules.rounds import Receive, Round, Send
 from mpitrain.schedules.svg import Lanes, render
 
-__all__ = ["draw_svg", "draw_text"]
+__all__ = ["describe_round", "draw_svg", "draw_text"]
 
 
 def draw_text(algorithm: Algorithm, size: int, *, root: int = 0, num_segments: int = 1) -> str:
@@ -76,7 +76,12 @@ def _sent_at_most(volume: Fraction) -> str:
 
 
 def _cell(current: Round) -> str:
-    return "  ".join([*_sent(current.sends), *_received(current.receives)])
+    return "  ".join(describe_round(current))
+
+
+def describe_round(current: Round) -> list[str]:
+    """Return the messages of a rank in one round, in the words of `draw_text`: what it sends, then what it receives."""
+    return [*_sent(current.sends), *_received(current.receives)]
 
 
 def _sent(sends: Iterable[Send]) -> Iterable[str]:

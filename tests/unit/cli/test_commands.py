@@ -119,6 +119,8 @@ def test_choices_of_the_command_are_collectives():
         (["bench", "allreduce", "--sizes", "1M:1K"], "mpitrain: Invalid value for '--sizes': the smaller size comes"),
         (["bench", "allreduce", "--ops", "mean"], "mpitrain: op: unknown reduction, got 'mean'"),
         (["bench", "allreduce", "--memory", "disk"], "mpitrain: memory: unknown, got 'disk'"),
+        (["explain", "allreduce", "fast"], "mpitrain: allreduce algorithm: unknown, got 'fast'"),
+        (["simulate", "--fit", "/nowhere/results.json"], "mpitrain: results: cannot be read, got"),
         ([], "mpitrain: Missing command"),
     ],
 )
