@@ -43,6 +43,7 @@ ALIASES = {
     # Before the time limit, as it wins over it.
     "HOROVOD_STALL_CHECK_DISABLE": Alias(("stall_warning_s",), _never_if_set),
     "HOROVOD_STALL_CHECK_TIME_SECONDS": Alias(("stall_warning_s",)),
+    "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": Alias(("stall_shutdown_s",)),
 }
 """Variables that mean something here. Where two set the same, the first one counts."""
 

@@ -84,7 +84,9 @@ class Settings:
         fusion_nbytes: Named operations that are ready together are fused up to this size.
         timeout_s: A collective that makes no progress for so long raises `CommTimeoutError`; 0 is never.
         stall_warning_s: After so long without progress a warning says so, for named operations with the ranks that
-            are late; 0 is never.
+            are late, and again after as long; 0 is never.
+        stall_shutdown_s: After so long a named operation that not all ranks have started ends everything on its group,
+            with an error on every rank that waits; 0 is never.
         shared_memory: Let ranks of one node reduce in memory that all of them map, where MPI can share it.
         staging_nbytes: Shared memory of each rank and communicator through which ordinary arrays pass.
         check: Compare what the ranks bring to each collective before it starts, so that a
@@ -104,6 +106,7 @@ class Settings:
     fusion_nbytes: int = 64 << 20
     timeout_s: float = 0.0
     stall_warning_s: float = 60.0
+    stall_shutdown_s: float = 0.0
     shared_memory: bool = True
     staging_nbytes: int = 2 << 20
     check: bool = True
@@ -148,6 +151,7 @@ _PARSERS: dict[str, Callable[[str], object]] = {
     "fusion_nbytes": _positive,
     "timeout_s": _seconds,
     "stall_warning_s": _seconds,
+    "stall_shutdown_s": _seconds,
     "shared_memory": _switch,
     "staging_nbytes": _positive,
     "check": _switch,

@@ -29,7 +29,7 @@ from mpitrain.collectives.verbs import Collectives
 from mpitrain.comm import Topology, Transport
 from mpitrain.config import Settings, prepare_mpi_wheel
 from mpitrain.errors import CollectiveMismatchError
-from mpitrain.memory import ReduceOp, SharedArray, as_dtype, flat_view
+from mpitrain.memory import SharedArray, as_dtype, flat_view
 from mpitrain.observe import show_messages
 
 if TYPE_CHECKING:
@@ -189,19 +189,12 @@ class Communicator(Collectives):
 
     # Plans
 
-    def plan_allreduce_(
-        self,
-        array: Any,
-        *,
-        op: str | ReduceOp = "sum",
-        algorithm: str = "auto",
-        parts: Sequence[int] | None = None,
-    ) -> PersistentPlan:
-        """Prepare an `allreduce_` of `array` that is run many times, as MPI-4's `Allreduce_init`.
+    def plan_allreduce_(self, array: Any, **options: Any) -> PersistentPlan:
+        """Prepare an `allreduce_` of `array`, with its options, that is run many times, as MPI-4's `Allreduce_init`.
 
         That all ranks mean the same is checked here, if `settings.check`, and not again. Every rank must call.
         """
-        options = {"op": op, "algorithm": algorithm, "parts": parts, "in_place": True}
+        options["in_place"] = True
         waited_for = self._checked(operations.plan_allreduce, array, **options)
         in_background = self._checked(operations.plan_allreduce, array, **options, blocking=False)
         return PersistentPlan(self, flat_view(array, writable=True), waited_for, in_background)
@@ -353,6 +346,13 @@ class Communicator(Collectives):
     def before_leaving(self, function: Callable[[str], None]) -> None:
         """Have `function(reason)` called when this rank leaves: a bound method, which is held weakly."""
         self._leave_functions.append(weakref.WeakMethod(function))
+
+    def while_waiting(self, function: Callable[[], None]) -> None:
+        """Have `function()` called now and then while an operation waits for other ranks: a bound method, held weakly.
+
+        It must not wait for anything itself.
+        """
+        self._watch.idle_functions.append(weakref.WeakMethod(function))
 
     def leave(self, reason: str) -> None:
         """Tell the other ranks that this one calls no further operation, so that none waits for it in vain."""

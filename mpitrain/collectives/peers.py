@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
+from collections.abc import Callable
 from typing import TypeVar
 
 from mpitrain.collectives.executor import Task
@@ -41,6 +43,8 @@ class PeerWatch:
         self._lock = threading.Lock()
         self.revoked: str | None = None
         self._left: dict[int, tuple[int, str]] = {}
+        # Bound methods, held weakly.
+        self.idle_functions: list[weakref.WeakMethod[Callable[[], None]]] = []
 
     def revoke(self, reason: str) -> None:
         """Give the communicator up, here and on all ranks."""
@@ -135,6 +139,9 @@ class PeerWatch:
     def _look(self, idle_s: float, description: str, call_index: int) -> None:
         self._take_news()
         self.check()
+        for reference in self.idle_functions:
+            if function := reference():
+                function()
         who = f"rank {self._transport.rank}/{self._transport.size}, {description}"
         # Whoever left after this operation has done its part of it, even if that is still under way.
         with self._lock:

@@ -23,6 +23,8 @@ __all__ = ["Handle", "ProgressEngine", "drive"]
 
 Result = TypeVar("Result")
 
+_PERIOD_S = 1.0
+
 
 def drive(task: Task[Result], *, spin: bool) -> Result:
     """Run a task to its end in the calling thread."""
@@ -120,6 +122,8 @@ class ProgressEngine:
         self._driving = threading.Lock()
         self._changed = threading.Condition()
         self._waiters = 0
+        self._periodic: list[weakref.WeakMethod[Callable[[], None]]] = []
+        self._next_period_s = 0.0
         self.is_closed = False
         self._thread: threading.Thread | None = None
 
@@ -183,27 +187,57 @@ class ProgressEngine:
                 raise RuntimeError("progress engine: cannot start an operation, it is closed")
             self._active.append(running)
             self._clock.note(is_in_flight=True)
-            if self._thread is None:
-                self._thread = threading.Thread(
-                    target=_serve, args=(weakref.ref(self), self._changed), name="mpitrain progress", daemon=True
-                )
-                self._thread.start()
+            self._have_thread()
             self._changed.notify_all()
+
+    def _have_thread(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(
+                target=_serve, args=(weakref.ref(self), self._changed), name="mpitrain progress", daemon=True
+            )
+            self._thread.start()
+
+    def every_second(self, function: Callable[[], None]) -> None:
+        """Have `function()` called about once a second by the progress thread: a bound method, which is held weakly.
+
+        It must not wait for anything.
+        """
+        with self._changed:
+            self._periodic.append(weakref.WeakMethod(function))
+            self._have_thread()
+
+    def call_periodic(self) -> None:
+        """Call what is to be called every second, if it is time; for the progress thread."""
+        now_s = time.monotonic()
+        if now_s < self._next_period_s:
+            return
+        self._next_period_s = now_s + _PERIOD_S
+        for reference in self._periodic:
+            if function := reference():
+                function()
 
     def wait(self, handle: Handle[Result], timeout_s: float | None = None) -> None:
         """Advance everything in flight until `handle` is done."""
+        self.wait_until(lambda: handle.done, handle.description, timeout_s)
+
+    def wait_until(self, is_over: Callable[[], object], description: str, timeout_s: float | None = None) -> None:
+        """Advance everything in flight until `is_over()` is true.
+
+        Raises:
+            CommTimeoutError: `timeout_s` has passed.
+        """
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         backoff = Backoff(spin=self.spin_waiting)
         with self._changed:
             self._waiters += 1
             self._clock.note(callers=1)
         try:
-            while not handle.done:
+            while not is_over():
                 if self.advance_all():
                     backoff.reset()
                     continue
                 if deadline_s is not None and time.monotonic() > deadline_s:
-                    raise CommTimeoutError(f"{handle.description}: not done after {timeout_s:g} s; still in flight")
+                    raise CommTimeoutError(f"{description}: not done after {timeout_s:g} s; still in flight")
                 backoff.pause()
         finally:
             with self._changed:
@@ -250,6 +284,7 @@ def _serve(engine_ref: Callable[[], ProgressEngine | None], changed: threading.C
     """Body of the progress thread; holds the engine only while it works, so that it can be collected."""
     backoff: Backoff | None = None
     while (engine := engine_ref()) is not None and not engine.is_closed:
+        engine.call_periodic()
         if engine.has_background_work():
             backoff = backoff or Backoff(spin=engine.spin_background)
             if engine.advance_all():
@@ -262,5 +297,5 @@ def _serve(engine_ref: Callable[[], ProgressEngine | None], changed: threading.C
                 if engine.has_background_work() or engine.is_closed:
                     continue
                 del engine
-                # Woken by new work; the time limit is for engines that nobody refers to any more.
-                changed.wait(1.0)
+                # Woken by new work; the time limit is for what is periodic, and engines that nobody refers to any more.
+                changed.wait(_PERIOD_S)

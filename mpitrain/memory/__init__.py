@@ -6,7 +6,16 @@ from mpitrain.memory.adasum import add_weighted, inner_products
 from mpitrain.memory.arrays import FlatArray, allocate_like, copy_of, flat_view
 from mpitrain.memory.blocks import quiet_context
 from mpitrain.memory.dtypes import DTYPES, DType, as_dtype, dtype_named, dtype_of_numpy, dtype_of_torch
-from mpitrain.memory.reduction import ReduceOp, check_op, divide_by, parse_op, plain_ufunc, reduce_into, scale
+from mpitrain.memory.reduction import (
+    ReduceOp,
+    check_op,
+    divide_by,
+    fill_neutral,
+    parse_op,
+    plain_ufunc,
+    reduce_into,
+    scale,
+)
 from mpitrain.memory.scratch import ScratchPool
 from mpitrain.memory.shared import SharedArray, SharedBlock, allocate_window, free_shared_nbytes
 
@@ -28,6 +37,7 @@ __all__ = [
     "dtype_named",
     "dtype_of_numpy",
     "dtype_of_torch",
+    "fill_neutral",
     "flat_view",
     "free_shared_nbytes",
     "inner_products",

@@ -17,7 +17,7 @@ from mpitrain.memory.blocks import BLOCK_COUNT, apply_in_place, blocks, quiet
 from mpitrain.memory.dtypes import DType
 from mpitrain.memory.half import by_number_half, extreme_half, reduce_half
 
-__all__ = ["ReduceOp", "check_op", "divide_by", "parse_op", "plain_ufunc", "reduce_into", "scale"]
+__all__ = ["ReduceOp", "check_op", "divide_by", "fill_neutral", "parse_op", "plain_ufunc", "reduce_into", "scale"]
 
 Storage: TypeAlias = NDArray[Any]
 
@@ -126,6 +126,31 @@ def reduce_into(accumulator: Storage, operand: Storage, op: ReduceOp, dtype: DTy
         extreme_half(accumulator, operand, ufunc, dtype)
     else:
         reduce_half(accumulator, operand, ufunc, dtype)
+
+
+def fill_neutral(data: Storage, op: ReduceOp, dtype: DType) -> None:
+    """Fill `data` with what changes no result: reduced with any value, it gives that value.
+
+    Args:
+        data: Shape `(count,)`, storage dtype; overwritten.
+        op: Zero for sum, average and adasum (which count it all the same), one for product, the largest value for
+            min and the smallest for max.
+        dtype: Element type of `data`.
+
+    Raises:
+        TypeError: The operation has no meaning for the type, or an array that is not of the storage dtype.
+    """
+    check_op(op, dtype)
+    _check_storage("data", data, dtype)
+    value: float = {ReduceOp.PRODUCT: 1, ReduceOp.MIN: math.inf, ReduceOp.MAX: -math.inf}.get(op, 0)
+    if dtype.kind in ("int", "uint") and math.isinf(value):
+        limits = np.iinfo(data.dtype)
+        data.fill(limits.max if value > 0 else limits.min)
+    elif dtype.name == "bfloat16":
+        # The upper half of the same value in float32.
+        data.fill(int(np.float32(value).view(np.uint32)) >> 16)
+    else:
+        data.fill(value > 0 if dtype.kind == "bool" else value)
 
 
 def scale(data: Storage, factor: float, dtype: DType) -> None:

@@ -16,6 +16,7 @@ _WORDS = {
     "alltoall": "ALLTOALL",
     "reduce_scatter": "REDUCESCATTER",
     "barrier": "BARRIER",
+    "step": "STEP",
 }
 # Collectives whose arrays may differ in the first dimension.
 _RAGGED = ("allgather", "alltoall")

@@ -24,7 +24,8 @@ class Announcement(NamedTuple):
 
     Attributes:
         name: Equal on all ranks that mean the same operation; unique among those in flight.
-        collective: "allreduce", "allgather", "broadcast", "alltoall", "reduce_scatter" or "barrier".
+        collective: "allreduce", "allgather", "broadcast", "alltoall", "reduce_scatter" or "barrier"; or one of those
+            that move no data, see `joining`.
         tensors: One, or all of a grouped operation; they run together or not at all.
         op: Name of the reduction, "" where there is none.
         root: Rank, -1 where there is none.
@@ -64,7 +65,11 @@ class Decision(NamedTuple):
     Attributes:
         names: Operations to run now, fused into one if there are several.
         error: Instead of running them: why they fail, the same on every rank.
-        reason: Kind of the error: "mismatch", "left", "timeout" or "broken".
+        reason: Kind of the error: "mismatch", "absent", "left", "timeout" or "broken".
+        absent: Ranks that have joined. For operations, those of them that have not started it before; they take part
+            with what changes nothing. Without operations, all: rank 0 tells that somebody has joined.
+        announced: What one of the others has announced for each operation, for the ranks that are absent.
+        last: All ranks have joined, this one as the last; -1 if not.
         rows: For an all-gather, the first dimension of each rank's array, for each tensor.
         splits: For an all-to-all, the rows that each rank sends to each rank.
         closed: No further decision will come, because of this; nothing undecided, now or later, can complete.
@@ -76,3 +81,6 @@ class Decision(NamedTuple):
     rows: tuple[tuple[int, ...], ...] = ()
     splits: tuple[tuple[int, ...], ...] = ()
     closed: str = ""
+    absent: tuple[int, ...] = ()
+    announced: tuple[Announcement, ...] = ()
+    last: int = -1

@@ -6,9 +6,11 @@ Pure: announcements and times in, decisions out.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from mpitrain.negotiation.agreement import find_mismatch
 from mpitrain.negotiation.announcement import Announcement, Decision
+from mpitrain.negotiation.joining import JOIN, find_absence_problem
 
 __all__ = ["Coordinator"]
 
@@ -17,7 +19,7 @@ __all__ = ["Coordinator"]
 class _Pending:
     since_s: float
     announcements: dict[int, Announcement] = dataclasses.field(default_factory=dict)
-    warned: bool = False
+    warned_s: float = -math.inf
 
 
 class Coordinator:
@@ -36,12 +38,24 @@ class Coordinator:
         self._pending: dict[str, _Pending] = {}
         self._complete: list[str] = []
         self._left: dict[int, str] = {}
+        # In the order in which they joined; and whether the ranks do not know of one yet.
+        self._joined: list[int] = []
+        self._is_untold = False
 
     def announce(self, rank: int, announcement: Announcement, now_s: float) -> None:
-        """Note that a rank is ready for an operation."""
+        """Note that a rank is ready for an operation, or has joined."""
+        if announcement.collective == JOIN:
+            self._joined.append(rank)
+            self._is_untold = True
+            self._complete += [
+                name
+                for name, pending in self._pending.items()
+                if name not in self._complete and self._is_complete(pending)
+            ]
+            return
         pending = self._pending.setdefault(announcement.name, _Pending(now_s))
         pending.announcements[rank] = announcement
-        if len(pending.announcements) == self._size:
+        if self._is_complete(pending):
             self._complete.append(announcement.name)
 
     def leave(self, rank: int, reason: str) -> None:
@@ -53,18 +67,29 @@ class Coordinator:
         if self._left:
             return self._end()
         decisions: list[Decision] = []
-        ready: list[Announcement] = []
+        if self._is_untold and len(self._joined) < self._size:
+            decisions.append(Decision((), absent=tuple(sorted(self._joined))))
+        self._is_untold = False
+        ready: list[tuple[Announcement, tuple[int, ...]]] = []
         for name in self._complete:
             announcements = self._pending.pop(name).announcements
-            error = find_mismatch(announcements)
-            if error:
+            absent = tuple(sorted(rank for rank in self._joined if rank not in announcements))
+            first = announcements[min(announcements)]
+            if error := find_mismatch(announcements):
                 decisions.append(Decision((name,), error, "mismatch"))
-            elif announcements[0].collective == "allreduce":
-                ready.append(announcements[0])
+            elif absent and (error := find_absence_problem(announcements, absent)):
+                decisions.append(Decision((name,), error, "absent"))
+            elif first.collective == "allreduce":
+                ready.append((first, absent))
             else:
-                decisions.append(_alone(announcements))
+                decisions.append(self._alone(announcements, absent))
         self._complete = []
-        return decisions + self._fuse(ready)
+        decisions += self._fuse(ready)
+        if len(self._joined) == self._size:
+            # Whoever starts something now has learned before that all have joined, so nothing is pending.
+            decisions.append(Decision((JOIN,), last=self._joined[-1]))
+            self._joined = []
+        return decisions
 
     def _end(self) -> list[Decision]:
         """Close everything, as every operation needs every rank.
@@ -78,47 +103,85 @@ class Coordinator:
         self._complete = []
         return [Decision((), reason="left", closed="; ".join(reasons))]
 
-    def overdue(self, limit_s: float, now_s: float) -> list[Decision]:
-        """Return the decision that ends everything, if an operation has been incomplete for longer than `limit_s`.
+    def overdue(self, limit_s: float, now_s: float) -> list[str]:
+        """Return why everything has to end, if operations have been incomplete for longer than `limit_s`; one reason.
 
         No rank may go on after that: one that is late would meet an operation that the others have given up.
         """
         reasons = [
-            f"{name} was not started by {self._missing(pending)} within {limit_s:g} s"
+            f"{name} was not started by ranks {self._missing(pending)} within {limit_s:g} s"
             for name, pending in self._pending.items()
             if now_s - pending.since_s > limit_s
         ]
-        return [Decision((), reason="timeout", closed="; ".join(reasons))] if reasons else []
+        return ["; ".join(reasons)] if reasons else []
 
     def stalled(self, limit_s: float, now_s: float) -> list[str]:
-        """Return a line, once, for each operation that has been incomplete for longer than `limit_s`."""
+        """Return a line for each operation that has been incomplete for longer than `limit_s`; again after as long."""
         lines = []
         for name, pending in self._pending.items():
-            if now_s - pending.since_s > limit_s and not pending.warned:
-                pending.warned = True
-                lines.append(f"{name}: waits since {now_s - pending.since_s:.0f} s for {self._missing(pending)}")
+            if now_s - pending.since_s > limit_s and now_s - pending.warned_s > limit_s:
+                pending.warned_s = now_s
+                lines.append(self._describe(name, pending, now_s))
         return lines
 
-    def _missing(self, pending: _Pending) -> str:
-        return f"ranks {[rank for rank in range(self._size) if rank not in pending.announcements]}"
+    def _describe(self, name: str, pending: _Pending, now_s: float) -> str:
+        line = f"{name}: waits since {now_s - pending.since_s:.0f} s for ranks {self._missing(pending)}"
+        joined = f", ranks {sorted(self._joined)} have joined" if self._joined else ""
+        return f"{line}; started by ranks {sorted(pending.announcements)}{joined}"
 
-    def _fuse(self, ready: list[Announcement]) -> list[Decision]:
+    def _is_complete(self, pending: _Pending) -> bool:
+        num_absent = sum(rank not in pending.announcements for rank in self._joined)
+        return len(pending.announcements) + num_absent == self._size
+
+    def _missing(self, pending: _Pending) -> list[int]:
+        """Return the ranks that an operation still waits for."""
+        return [rank for rank in range(self._size) if rank not in pending.announcements and rank not in self._joined]
+
+    def _alone(self, announcements: dict[int, Announcement], absent: tuple[int, ...]) -> Decision:
+        """Return the decision for an operation that is never fused, with what its ranks must know of each other."""
+        first = announcements[min(announcements)]
+        rows: tuple[tuple[int, ...], ...] = ()
+        splits: tuple[tuple[int, ...], ...] = ()
+        if first.collective == "allgather":
+            rows = tuple(
+                tuple(
+                    announcements[rank].tensors[index].shape[0] if rank in announcements else 0
+                    for rank in range(self._size)
+                )
+                for index in range(len(first.tensors))
+            )
+        elif first.collective == "alltoall":
+            nothing = (0,) * self._size
+            splits = tuple(
+                announcements[rank].splits if rank in announcements else nothing for rank in range(self._size)
+            )
+        announced = (first,) if absent else ()
+        return Decision((first.name,), rows=rows, splits=splits, absent=absent, announced=announced)
+
+    def _fuse(self, ready: list[tuple[Announcement, tuple[int, ...]]]) -> list[Decision]:
         """Join all-reduces that may share one buffer, in the order in which they became ready."""
-        groups: dict[object, list[str]] = {}
+        groups: dict[object, list[Announcement]] = {}
         nbytes_of: dict[object, int] = {}
-        decisions: list[list[str]] = []
-        for announcement in ready:
+        decisions: list[tuple[list[Announcement], tuple[int, ...]]] = []
+        for announcement, absent in ready:
             nbytes = self._nbytes(announcement)
             dtypes = {tensor.dtype for tensor in announcement.tensors}
-            key = (announcement.op, announcement.prescale, announcement.postscale, *dtypes)
-            names = groups.get(key)
-            if names is None or len(dtypes) > 1 or nbytes_of[key] + nbytes > self._fusion_nbytes:
-                groups[key] = names = []
+            key = (announcement.op, announcement.prescale, announcement.postscale, absent, *dtypes)
+            fused = groups.get(key)
+            if fused is None or len(dtypes) > 1 or nbytes_of[key] + nbytes > self._fusion_nbytes:
+                groups[key] = fused = []
                 nbytes_of[key] = 0
-                decisions.append(names)
-            names.append(announcement.name)
+                decisions.append((fused, absent))
+            fused.append(announcement)
             nbytes_of[key] += nbytes
-        return [Decision(tuple(names)) for names in decisions]
+        return [
+            Decision(
+                tuple(announcement.name for announcement in fused),
+                absent=absent,
+                announced=tuple(fused) if absent else (),
+            )
+            for fused, absent in decisions
+        ]
 
     def _nbytes(self, announcement: Announcement) -> int:
         total = 0
@@ -128,19 +191,3 @@ class Coordinator:
                 count *= length
             total += count * self._itemsizes[tensor.dtype]
         return total
-
-
-def _alone(announcements: dict[int, Announcement]) -> Decision:
-    """Return the decision for an operation that is never fused, with what its ranks must know of each other."""
-    ordered = [announcements[rank] for rank in sorted(announcements)]
-    first = ordered[0]
-    rows: tuple[tuple[int, ...], ...] = ()
-    splits: tuple[tuple[int, ...], ...] = ()
-    if first.collective == "allgather":
-        rows = tuple(
-            tuple(announcement.tensors[index].shape[0] for announcement in ordered)
-            for index in range(len(first.tensors))
-        )
-    elif first.collective == "alltoall":
-        splits = tuple(announcement.splits for announcement in ordered)
-    return Decision((first.name,), rows=rows, splits=splits)

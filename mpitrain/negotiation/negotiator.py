@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import logging
 import pickle
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mpitrain.collectives import Communicator, Handle, Task
@@ -29,19 +28,18 @@ from mpitrain.memory import DTYPES, copy_of, flat_view
 from mpitrain.negotiation.announcement import Announcement, Decision, Tensor
 from mpitrain.negotiation.coordinator import Coordinator
 from mpitrain.negotiation.execution import Entry, Results, run_decision
+from mpitrain.negotiation.joining import JOIN, STEP, Steps, neutral_announcement, neutral_arrays
+from mpitrain.negotiation.stalls import StallWatch
 
 __all__ = ["Negotiator"]
 
-_log = logging.getLogger("mpitrain")
-
 _COORDINATOR = 0
-_WATCH_INTERVAL_S = 0.25
-# Rank 0 knows who is missing, so the others leave it a moment to say so before they give up by themselves.
-_GRACE_S = 2.0
 _ERRORS: dict[str, type[MpitrainError]] = {
     "mismatch": CollectiveMismatchError,
+    "absent": CollectiveError,
     "left": RankFailedError,
     "timeout": CommTimeoutError,
+    "stalled": CommTimeoutError,
     "broken": CommError,
 }
 
@@ -57,6 +55,7 @@ class Negotiator:
             set something up for the group, in the order of their calls.
         comm: The duplicate that the named operations run on, in the order of decisions.
         settings: Of the group.
+        steps: Operations of the group that are not negotiated unless ranks have joined.
     """
 
     def __init__(self, comm: Communicator) -> None:
@@ -76,8 +75,17 @@ class Negotiator:
         self._closing: Decision | None = None
         self._own_announcements: list[Announcement] = []
         self._unnamed = itertools.count()
-        self._next_watch_s = 0.0
+        # How often all ranks have joined; and what hears of steps for as long as this rank has joined.
+        self._num_joins = 0
+        self._stand_in: Callable[[Callable[[], None]], None] | None = None
+        self._stalls = StallWatch(comm.settings, comm.rank, comm.size)
+        self.steps = Steps(self._start_step)
         comm.before_leaving(self.leave)
+        # A rank that waits for something else, or for nothing, learns of those that have joined; rank 0 also of those
+        # that wait for a named operation which it has not started.
+        comm.while_waiting(self.attend)
+        if comm.size > 1 and self._coordinator is not None:
+            comm.engine.every_second(self.attend)
 
     def start(
         self,
@@ -110,7 +118,7 @@ class Negotiator:
             that came from each rank.
 
         Raises:
-            ValueError: An operation of this name is in flight here.
+            ValueError: An operation of this name is in flight here, or this rank has joined.
             ValueError, TypeError: An array that cannot be communicated.
         """
         if not in_place:
@@ -120,12 +128,37 @@ class Negotiator:
         if collective == "allgather":
             tensors = tuple(Tensor(tensor.dtype, tensor.shape or (1,)) for tensor in tensors)
         announcement = Announcement(name, collective, tensors, op, root, prescale, postscale, tuple(splits))
+        return self._enter(announcement, list(arrays), in_place=in_place)
+
+    def join(self, stand_in: Callable[[Callable[[], None]], None]) -> Handle[Results]:
+        """Say that this rank has run out of data: until all ranks have joined it takes part with what changes nothing.
+
+        Meanwhile it can start no operation.
+
+        Args:
+            stand_in: Called, by whichever thread, with what this rank has to call, soon and in order, to take part in
+                the steps of the others.
+
+        Returns:
+            Handle of a list with the rank that has joined last.
+        """
+        with self._lock:
+            self._stand_in = stand_in
+        return self._enter(Announcement(JOIN, JOIN), [], in_place=False)
+
+    def _start_step(self, name: str) -> None:
+        self._enter(Announcement(name, STEP), [], in_place=False)
+
+    def _enter(self, announcement: Announcement, arrays: list[Any], *, in_place: bool) -> Handle[Results]:
+        name, collective = announcement.name, announcement.collective
         handle = self.comm.engine.promise(f"{collective} {name}")
-        entry = Entry(announcement, list(arrays), in_place, handle, time.monotonic())
+        entry = Entry(announcement, arrays, in_place, handle, time.monotonic())
         with self._lock:
             if self._closing is not None:
                 handle.reject(_error_of_closing(name, self._closing))
                 return handle
+            if self._stand_in is not None and collective != JOIN:
+                raise ValueError(f"{name}: cannot be started on a rank that has joined; wait until join has returned")
             if name in self._names:
                 raise ValueError(
                     "Requested to allreduce, allgather, or broadcast a tensor with the same name as another "
@@ -143,9 +176,18 @@ class Negotiator:
     def next_name(self) -> str:
         """Return a name for an operation that the caller has not named.
 
-        Ranks match such operations by how many they have started, so all must start them in the same order.
+        Ranks match such operations by how many they have started since all had joined, so all must start them in the
+        same order.
         """
-        return f"noname.{next(self._unnamed)}"
+        return f"noname.{self._num_joins}.{next(self._unnamed)}"
+
+    def attend(self) -> None:
+        """Look for what other ranks have said, though this one may have started nothing."""
+        with self._lock:
+            if self._is_serving or self._closing is not None:
+                return
+            self._is_serving = True
+        self.comm.engine.start(self._serve(), "negotiation")
 
     def leave(self, reason: str) -> None:
         """End here: this rank takes part in no further operation. The others are told, so that none waits in vain."""
@@ -188,10 +230,12 @@ class Negotiator:
             while True:
                 moved = self._coordinate() if self._coordinator is not None else self._obey()
                 with self._lock:
-                    if not self._undecided:
+                    is_waiting = bool(self._undecided)
+                    if not is_waiting and not moved:
                         self._is_serving = False
                         return
-                yield moved
+                if is_waiting:
+                    yield moved
         except (Exception, KeyboardInterrupt) as error:
             # Nobody else would decide: without this, whoever waits here or elsewhere would wait for ever.
             reason = f"has failed with {type(error).__name__}: {error}"
@@ -217,57 +261,51 @@ class Negotiator:
         if own or notices:
             # More may be on the way: what becomes ready together is fused.
             return True
-        decisions = self._coordinator.decide() + self._watch(now_s)
+        decisions = self._coordinator.decide() + self._stalls.inspect(self._coordinator, now_s)
         if decisions:
             self._broadcast(decisions)
             self._carry_out(decisions)
         return bool(decisions)
 
-    def _watch(self, now_s: float) -> list[Decision]:
-        """Warn of operations that some ranks do not start, and end everything if one is overdue."""
-        assert self._coordinator is not None
-        if now_s < self._next_watch_s:
-            return []
-        self._next_watch_s = now_s + _WATCH_INTERVAL_S
-        if self.settings.stall_warning_s:
-            for line in self._coordinator.stalled(self.settings.stall_warning_s, now_s):
-                _log.warning("r%d/%d | %s", self.comm.rank, self.comm.size, line)
-        if self.settings.timeout_s:
-            return self._coordinator.overdue(self.settings.timeout_s, now_s)
-        return []
-
     def _obey(self) -> bool:
         notices = self._control.notices()
         for _, data in notices:
             self._carry_out(pickle.loads(data))
-        if not notices and self.settings.timeout_s:
-            self._watch_coordinator(time.monotonic())
+        if not notices:
+            with self._lock:
+                undecided = [(name, entry.since_s) for name, entry in self._undecided.items() if name != JOIN]
+            reason = self._stalls.inspect_alone(undecided, time.monotonic())
+            if reason:
+                self._tell_of_leaving(f"has given up: {reason}")
+                self._give_up(Decision((), reason=self._stalls.reason, closed=reason))
         return bool(notices)
 
-    def _watch_coordinator(self, now_s: float) -> None:
-        """Give up if rank 0 itself starts nothing, and so decides nothing."""
-        if now_s < self._next_watch_s:
-            return
-        self._next_watch_s = now_s + _WATCH_INTERVAL_S
-        limit_s = self.settings.timeout_s + _GRACE_S
-        with self._lock:
-            overdue = [name for name, entry in self._undecided.items() if now_s - entry.since_s > limit_s]
-        if overdue:
-            reason = f"{overdue[0]} was not decided by rank {_COORDINATOR} within {limit_s:g} s"
-            self._close(Decision((), reason="timeout", closed=reason))
-            self._tell_of_leaving(f"has given up: {reason}")
+    def _give_up(self, closing: Decision) -> None:
+        self._close(closing)
+        if closing.reason == "stalled":
+            # Whoever is missing may wait for the optimizer steps of the others: they end as well.
+            self.group.leave(f"has given up: {closing.closed}")
 
     def _carry_out(self, decisions: list[Decision]) -> None:
         for decision in decisions:
             if decision.closed:
-                self._close(decision)
+                self._give_up(decision)
                 continue
-            with self._lock:
-                entries = [self._undecided.pop(name) for name in decision.names if name in self._undecided]
+            if not decision.names:
+                self.steps.note_absent(decision.absent)
+                continue
+            entries = self._entries_of(decision)
             if not entries:
                 continue  # an error of what this rank never started, or has given up
             if decision.error:
                 self._fail(entries, _ERRORS[decision.reason](decision.error))
+                continue
+            collective = entries[0].announcement.collective
+            if collective == JOIN:
+                self._end_join()
+            if collective in (JOIN, STEP):
+                self._forget(entries)
+                entries[0].handle.resolve([decision.last])
                 continue
             try:
                 task = run_decision(self.comm, decision, entries)
@@ -281,6 +319,28 @@ class Negotiator:
                 self._fail(entries, _as_collective_error(error))
                 continue
             self.comm.engine.start(self._finish(task, entries), ", ".join(decision.names))
+
+    def _entries_of(self, decision: Decision) -> list[Entry]:
+        """Take the operations of a decision out of those that wait for one."""
+        with self._lock:
+            entries = [self._undecided.pop(name) for name in decision.names if name in self._undecided]
+            stand_in = self._stand_in
+        if entries or stand_in is None or self.comm.rank not in decision.absent:
+            return entries
+        first = decision.announced[0]
+        if first.collective == STEP:
+            stand_in(self.steps.stand_in_of(first.name))
+            return []
+        now_s = time.monotonic()
+        absent = [neutral_announcement(announcement) for announcement in decision.announced]
+        return [Entry(each, neutral_arrays(each), True, self.comm.engine.promise(each.name), now_s) for each in absent]
+
+    def _end_join(self) -> None:
+        self.steps.note_absent(())
+        with self._lock:
+            self._num_joins += 1
+            self._unnamed = itertools.count()
+            self._stand_in = None
 
     def _finish(self, task: Task[list[Results]], entries: list[Entry]) -> Task[None]:
         try:

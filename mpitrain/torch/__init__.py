@@ -34,6 +34,7 @@ from mpitrain.torch.functions import (
 )
 from mpitrain.torch.gathers import allgather, allgather_async, grouped_allgather, grouped_allgather_async
 from mpitrain.torch.handles import poll, synchronize
+from mpitrain.torch.joining import join
 from mpitrain.torch.optimizer import DistributedOptimizer
 from mpitrain.torch.queries import (
     ccl_built,
@@ -142,6 +143,7 @@ __all__ = [
     "init",
     "is_homogeneous",
     "is_initialized",
+    "join",
     "local_rank",
     "local_size",
     "mpi_built",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 
 from mpitrain.torch.slots import Slot
 
-__all__ = ["BackwardPasses"]
+__all__ = ["BackwardPasses", "finish_steps"]
 
 Tensor = torch.Tensor
 
@@ -30,6 +31,7 @@ class BackwardPasses:
     """
 
     def __init__(self, parameters: Sequence[tuple[str, Tensor]], passes: int) -> None:
+        self._serial = next(_serials)
         self.passes = passes
         self.is_in_flight = False
         self._slots: list[Slot] = []
@@ -120,8 +122,16 @@ class BackwardPasses:
             self.on_complete(slot)
 
 
+_serials = itertools.count()
 # What parameters belong to.
 _alive: weakref.WeakSet[BackwardPasses] = weakref.WeakSet()
+
+
+def finish_steps() -> None:
+    """Reduce the gradients of backward passes that no step has waited for yet; in one order on all ranks."""
+    for passes in sorted(_alive, key=lambda each: each._serial):  # noqa: SLF001  (its own module)
+        if passes.is_in_flight:
+            passes.synchronize()
 
 
 def _weak_hook(method: Callable[[], Callable[[Tensor], None] | None]) -> Callable[[Tensor], None]:

@@ -10,6 +10,9 @@ until the step's gradients are synchronized.
 
 The first step is different: its backward pass shows in which order gradients come and which are sparse. The ranks
 then agree, lay out the buckets, and reduce all gradients at once. Nothing is communicated before.
+
+A rank that has joined stands in: it takes part in steps without gradients. As steps are not negotiated, it is told of
+each one, but only while somebody has joined; see `mpitrain.negotiation.joining`.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ from mpitrain.torch.arguments import Reduction
 from mpitrain.torch.buckets import bucket_layout
 from mpitrain.torch.named_gradients import NamedGradients
 from mpitrain.torch.passes import BackwardPasses
-from mpitrain.torch.slots import Bucket, Slot
+from mpitrain.torch.slots import Bucket, Slot, set_aside
+from mpitrain.torch.world import negotiator_of
 
 __all__ = ["GradientReducer"]
 
@@ -55,6 +59,10 @@ class GradientReducer(BackwardPasses):
         self._reduction = reduction
         self._before, self._after = reduction.factors(group.size)
         self._comm: Communicator | None = None
+        self._negotiator = negotiator_of(reduction.process_set, "DistributedOptimizer")
+        self._steps = self._negotiator.steps
+        self._number = self._steps.register(self.stand_in)
+        self._is_standing_in = False
         self._named = NamedGradients(reduction)
         self._buckets: list[Bucket] = []
         self._next = 0
@@ -76,6 +84,19 @@ class GradientReducer(BackwardPasses):
             RuntimeError: The parameters belong to another reducer.
         """
         self.check_alive()
+        with self._steps.entered(self._number):
+            self._synchronize()
+
+    def stand_in(self) -> None:
+        """Take part in a step of the others with zeros, and keep the gradients of this rank, which has joined."""
+        self._is_standing_in = True
+        try:
+            with set_aside(self._slots):
+                self._synchronize()
+        finally:
+            self._is_standing_in = False
+
+    def _synchronize(self) -> None:
         if self._arrivals is None:
             self._reduce([slot for slot in self._slots if not slot.has_arrived])
         else:
@@ -92,7 +113,15 @@ class GradientReducer(BackwardPasses):
         """Take on those parameters that are new, and reduce the gradients that they have by now.
 
         Every rank must call, after `synchronize`, if any of the parameters is new.
+
+        Raises:
+            RuntimeError: Ranks have joined, which cannot know of new parameters; on all others.
         """
+        if self._steps.absent:
+            raise RuntimeError(
+                f"optimizer: cannot take on parameters while ranks {list(self._steps.absent)} have joined; "
+                "add or unfreeze them in a step that all ranks make"
+            )
         added = self._add([pair for pair in parameters if pair[1] not in self._slot_of])
         self._agree(added, [])
         self._build([slot.position for slot in reversed(added)])
@@ -148,6 +177,7 @@ class GradientReducer(BackwardPasses):
         if self._comm is None:
             # All ranks have agreed already, so that no operation needs a check of its own.
             self._comm = self._group.duplicate(self._group.settings.replace(check=False))
+            self._comm.while_waiting(self._negotiator.attend)
         self._order = order
         slots = [self._slots[position] for position in order]
         for slot in slots:
@@ -219,7 +249,9 @@ class GradientReducer(BackwardPasses):
 
     def _take(self, slot: Slot) -> None:
         if slot.bucket < 0:
-            self._named.start(slot)
+            # Named operations know by themselves of ranks that have joined.
+            if not self._is_standing_in:
+                self._named.start(slot)
         else:
             self._buckets[slot.bucket].take(slot, self._before)
 

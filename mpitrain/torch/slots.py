@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from mpitrain.collectives import Handle, PersistentPlan
 
-__all__ = ["Bucket", "Slot"]
+__all__ = ["Bucket", "Slot", "set_aside"]
 
 Tensor = torch.Tensor
 
@@ -139,3 +141,20 @@ class Bucket:
             elif param.grad is not view:
                 param.grad = view
         return is_unchanged
+
+
+@contextmanager
+def set_aside(slots: Sequence[Slot]) -> Iterator[None]:
+    """Let parameters have no gradients for the length of a `with` block, which overwrites the buckets."""
+    grads = [slot.param.grad for slot in slots]
+    kept = [
+        grad.clone() if grad is not None and slot.bucket >= 0 and grad is slot.view else grad
+        for slot, grad in zip(slots, grads, strict=True)
+    ]
+    for slot in slots:
+        slot.param.grad = None
+    try:
+        yield
+    finally:
+        for slot, grad in zip(slots, kept, strict=True):
+            slot.param.grad = grad

@@ -32,6 +32,7 @@ __all__ = [
     "local_rank",
     "local_size",
     "negotiator_of",
+    "negotiators",
     "rank",
     "remove_process_set",
     "shutdown",
@@ -53,7 +54,8 @@ def init(
 ) -> None:
     """Start: make the communicator that all functions of this module use. A second call does nothing.
 
-    Every rank must call. Initialises MPI if nobody has, and starts no thread.
+    Every rank must call. Initialises MPI if nobody has. Rank 0 starts the progress thread, which looks once a second
+    whether others wait for it.
 
     Args:
         comm: mpi4py communicator, or global ranks of which each must call; all ranks if not given.
@@ -153,6 +155,16 @@ def negotiator_of(process_set: ProcessSet, operation: str) -> Negotiator:
             "call on its members only"
         )
     return process_set.negotiator
+
+
+def negotiators() -> list[Negotiator]:
+    """Return what runs the named operations of each process set that includes this rank; that of all ranks first.
+
+    Raises:
+        NotInitializedError: Before `init`.
+    """
+    process_sets = _initialized().process_sets.values()
+    return [process_set.negotiator for process_set in process_sets if process_set.negotiator is not None]
 
 
 def add_process_set(process_set: ProcessSet | Iterable[int] | MPI.Comm) -> ProcessSet:

@@ -26,6 +26,7 @@ from mpitrain.errors import (
 )
 from mpitrain.negotiation import Negotiator
 from mpitrain.negotiation import negotiator as negotiator_module
+from mpitrain.negotiation import stalls as stalls_module
 
 SETTINGS = Settings(wait="sleep")
 WAIT_S = 20.0
@@ -304,11 +305,14 @@ def test_time_limit_names_operation_and_missing_ranks_and_ends_everything() -> N
     run(3, body, SETTINGS.replace(timeout_s=0.2))
 
 
-def test_time_limit_holds_when_rank_0_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(negotiator_module, "_GRACE_S", 0.1)
+@pytest.mark.parametrize("limit", ["timeout_s", "stall_shutdown_s"])
+def test_limits_hold_when_rank_0_decides_nothing(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    monkeypatch.setattr(stalls_module, "_GRACE_S", 0.1)
 
     def body(negotiator: Negotiator) -> None:
         if negotiator.comm.rank == 0:
+            # As if the interpreter were held up in foreign code.
+            negotiator.comm.engine._periodic.clear()
             assert given_up.wait(WAIT_S)
             error = error_of(start(negotiator, "a", [1.0]))
             assert "rank 1 has given up" in str(error)
@@ -316,27 +320,54 @@ def test_time_limit_holds_when_rank_0_starts_nothing(monkeypatch: pytest.MonkeyP
             error = error_of(start(negotiator, "a", [1.0]))
             assert isinstance(error, CommTimeoutError)
             assert "was not decided by rank 0 within 0.3 s" in str(error)
+            assert f"raise MPITRAIN_{limit.upper()}" in str(error)
             given_up.set()
 
     given_up = threading.Event()
-    run(2, body, SETTINGS.replace(timeout_s=0.2))
+    run(2, body, SETTINGS.replace(**{limit: 0.2}))
 
 
-def test_stall_warning_names_operation_and_missing_ranks(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("missing", [0, 1])
+def test_stall_warning_names_operation_and_ranks_again_and_again(
+    caplog: pytest.LogCaptureFixture, missing: int
+) -> None:
     def body(negotiator: Negotiator) -> None:
-        if negotiator.comm.rank == 1:
-            assert warned.wait(WAIT_S)
+        if negotiator.comm.rank == missing:
+            # Rank 0 warns though it has never started anything.
+            assert warned_twice.wait(WAIT_S)
         handle = start(negotiator, "late", [1.0])
         deadline_s = time.monotonic() + WAIT_S
-        while negotiator.comm.rank == 0 and not caplog.records and time.monotonic() < deadline_s:
+        while negotiator.comm.rank == 2 and len(caplog.records) < 2 and time.monotonic() < deadline_s:
             time.sleep(0.01)
-        warned.set()
-        assert wait(handle) == [2.0]
+        if negotiator.comm.rank == 2:
+            warned_twice.set()
+        assert wait(handle) == [3.0]
 
-    warned = threading.Event()
+    warned_twice = threading.Event()
     with caplog.at_level(logging.WARNING, "mpitrain"):
-        run(2, body, SETTINGS.replace(stall_warning_s=0.1))
-    assert "late: waits since 0 s for ranks [1]" in caplog.text
+        run(3, body, SETTINGS.replace(stall_warning_s=0.1))
+    others = [rank for rank in range(3) if rank != missing]
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) >= 2
+    assert all(line.startswith("r0/3 | late: waits since ") for line in lines)
+    assert all(line.endswith(f" s for ranks [{missing}]; started by ranks {others}") for line in lines)
+
+
+@pytest.mark.parametrize("missing", [0, 2])
+def test_stall_shutdown_ends_everything_on_the_group(missing: int) -> None:
+    def body(negotiator: Negotiator) -> None:
+        if negotiator.comm.rank == missing:
+            # It waits for something else of the group, which the others will never call.
+            with pytest.raises(CommError, match=r"(left|given up).* was not started by ranks"):
+                negotiator.group.barrier()
+            error = error_of(start(negotiator, "a", [1.0]))
+        else:
+            error = error_of(start(negotiator, "a", [1.0]))
+        assert isinstance(error, CommTimeoutError)
+        assert f"a was not started by ranks [{missing}] within 0.2 s" in str(error)
+        assert "or raise MPITRAIN_STALL_SHUTDOWN_S" in str(error)
+
+    run(3, body, SETTINGS.replace(stall_shutdown_s=0.2))
 
 
 @pytest.mark.parametrize("failing", [0, 1])

@@ -1,0 +1,73 @@
+"""Named operations that some ranks do not start: warnings, and an end after a set time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+from mpitrain.config import PREFIX, Settings
+from mpitrain.negotiation.announcement import Decision
+from mpitrain.negotiation.coordinator import Coordinator
+
+__all__ = ["StallWatch"]
+
+_log = logging.getLogger("mpitrain")
+
+_INTERVAL_S = 0.25
+# Rank 0 knows who is missing, so the others leave it a moment to say so before they give up by themselves.
+_GRACE_S = 2.0
+
+
+class StallWatch:
+    """Looks now and then for operations that are not complete after long.
+
+    Args:
+        settings: Time limits.
+        rank: This rank, for messages.
+        size: Number of ranks.
+    """
+
+    def __init__(self, settings: Settings, rank: int, size: int) -> None:
+        self._warning_s = settings.stall_warning_s
+        limits = {"stall_shutdown_s": settings.stall_shutdown_s, "timeout_s": settings.timeout_s}
+        # The earlier one; they differ in what else ends.
+        self._limit_s, self._setting = min(
+            ((limit_s, name) for name, limit_s in limits.items() if limit_s), default=(0.0, "")
+        )
+        self.reason = "stalled" if self._setting == "stall_shutdown_s" else "timeout"
+        self._where = f"r{rank}/{size}"
+        self._next_s = 0.0
+
+    def inspect(self, coordinator: Coordinator, now_s: float) -> list[Decision]:
+        """On rank 0: warn of operations that some ranks do not start, and end everything if one is overdue."""
+        if not self._is_due(now_s):
+            return []
+        if self._warning_s:
+            for line in coordinator.stalled(self._warning_s, now_s):
+                _log.warning("%s | %s", self._where, line)
+        if not self._limit_s:
+            return []
+        overdue = coordinator.overdue(self._limit_s, now_s)
+        return [Decision((), reason=self.reason, closed=f"{reason}; {self._remedy()}") for reason in overdue]
+
+    def inspect_alone(self, undecided: Iterable[tuple[str, float]], now_s: float) -> str:
+        """On the other ranks: return why to give up, if rank 0 itself starts nothing and so decides nothing.
+
+        Args:
+            undecided: Operations of this rank, and since when.
+            now_s: By the same clock.
+        """
+        if not self._limit_s or not self._is_due(now_s):
+            return ""
+        limit_s = self._limit_s + _GRACE_S
+        overdue = [name for name, since_s in undecided if now_s - since_s > limit_s]
+        return f"{overdue[0]} was not decided by rank 0 within {limit_s:g} s; {self._remedy()}" if overdue else ""
+
+    def _is_due(self, now_s: float) -> bool:
+        if now_s < self._next_s:
+            return False
+        self._next_s = now_s + _INTERVAL_S
+        return True
+
+    def _remedy(self) -> str:
+        return f"see what these ranks do instead, or raise {PREFIX}{self._setting.upper()}"
