@@ -31,21 +31,22 @@ class Job:
         self.inputs = torch.arange(NUM_SAMPLES * 2.0).reshape(NUM_SAMPLES, 2) / NUM_SAMPLES
         self.targets = self.inputs @ torch.tensor([[1.0], [-2.0]])
         model = torch.nn.Linear(2, 1)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        optimizer = hvd.DistributedOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), named_parameters=model.named_parameters()
+        )
         sampler = hvd.elastic.ElasticSampler(self.inputs, seed=7)
         self.state = hvd.elastic.TorchState(model, optimizer, sampler=sampler, epoch=0, losses=[])
         self.seen = []
 
     def train(self, disturb=lambda steps: None):
-        """Return the losses of all ranks' batches; `disturb` is called before each step with the number of steps."""
+        """Return the losses of all ranks' batches; `disturb` is called within each step with the number of steps."""
 
         @hvd.elastic.run
         def fit(state, num_epochs):
             while state.epoch < num_epochs:
                 loader = torch.utils.data.DataLoader(range(NUM_SAMPLES), BATCH_SIZE, sampler=state.sampler)
                 for index, batch in enumerate(loader):
-                    disturb(len(state.losses))
-                    self.step(state, batch)
+                    self.step(state, batch, disturb)
                     state.sampler.record_batch(index, len(batch))
                     if len(state.losses) % 2 == 0:
                         state.commit()
@@ -56,12 +57,12 @@ class Job:
 
         return fit(self.state, num_epochs=2)
 
-    def step(self, state, batch):
+    def step(self, state, batch, disturb):
         state.optimizer.zero_grad()
         loss = torch.nn.functional.mse_loss(state.model(self.inputs[batch]), self.targets[batch])
         loss.backward()
-        for name, param in state.model.named_parameters():
-            param.grad = hvd.allreduce(param.grad, name=f"gradient.{name}")
+        # While gradients are on their way.
+        disturb(len(state.losses))
         state.optimizer.step()
         state.losses.append(hvd.allreduce(loss.detach(), name="loss").item())
 
@@ -75,7 +76,7 @@ def undisturbed():
 
 
 class Disturbance:
-    """Raises once, before a step, on some ranks."""
+    """Raises once, within a step, on some ranks."""
 
     def __init__(self, error, ranks, step=5):
         self.error, self.step = error, step
