@@ -21,6 +21,7 @@ MODULES: dict[str, str | None] = {
     "horovod.common.elastic": "mpitrain.torch.elastic",
     "horovod.common.exceptions": "mpitrain.horovod.exceptions",
     "horovod.common.process_sets": "mpitrain.torch.world",
+    "horovod.common.util": "mpitrain.horovod.queries",
     "horovod.torch": "mpitrain.torch",
     "horovod.torch.compression": "mpitrain.torch.compression",
     "horovod.torch.elastic": "mpitrain.torch.elastic",

@@ -31,7 +31,7 @@ class _End(enum.Enum):
     INTERRUPTED_IN_SYNC = enum.auto()
 
 
-def run(function: Callable[Concatenate[AnyState, Parameters], Result]) -> Callable[..., Result]:
+def run(func: Callable[Concatenate[AnyState, Parameters], Result]) -> Callable[..., Result]:
     """Make a training function elastic. Every rank must call it, with its state as the first argument.
 
     The state is synchronised with that of rank 0 and the function called. Where it raises `HorovodInternalError`, the
@@ -41,13 +41,16 @@ def run(function: Callable[Concatenate[AnyState, Parameters], Result]) -> Callab
 
     No collective may be called between `init` and this.
 
+    Args:
+        func: Takes the state and any further arguments, the same on every rank.
+
     Raises:
         RankFailedError: A process of the job has ended, on every rank that is left. Without it, the ranks cannot be
             initialised anew.
         CommRevokedError: On another rank, the function or a callback has raised something else.
     """
 
-    @functools.wraps(function)
+    @functools.wraps(func)
     def elastic(state: AnyState, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         world = communicator()
         # It outlives `shutdown`: by it the ranks tell one another how an attempt went, or learn that one has gone.
@@ -55,7 +58,7 @@ def run(function: Callable[Concatenate[AnyState, Parameters], Result]) -> Callab
         # the slowest rank takes for the rest of its attempt.
         control = world.duplicate(world.settings.replace(timeout_s=0.0, check=True))
         try:
-            return _run_to_the_end(control, function, state, args, kwargs)
+            return _run_to_the_end(control, func, state, args, kwargs)
         except BaseException as error:
             control.revoke(f"elastic run: {type(error).__name__}: {error}")
             raise

@@ -83,6 +83,26 @@ def test_another_horovod_is_not_mixed_with_this_one(tmp_path: Path, monkeypatch:
         install()
 
 
+def test_what_scripts_ask_of_the_library() -> None:
+    util = importlib.import_module("horovod.common.util")
+    assert (util.mpi_built(), util.gloo_built(verbose=True), util.nccl_built(), util.ddl_built(), util.ccl_built()) == (
+        True,
+        False,
+        0,
+        False,
+        False,
+    )
+    assert (util.extension_available("torch"), util.extension_available("mxnet")) == (True, False)
+    assert not util.gpu_available("torch")
+    util.check_extension("horovod.torch", "HOROVOD_WITH_PYTORCH", "here", "mpi_lib_v2")
+    with pytest.raises(ImportError, match=r"horovod\.tensorflow: is not there, only horovod\.torch is"):
+        util.check_extension("horovod.tensorflow", "HOROVOD_WITH_TENSORFLOW", "here", "mpi_lib")
+    assert [size for size in range(10) if util.num_rank_is_power_2(size)] == [1, 2, 4, 8]
+    assert util.split_list([1, 2, 3, 4, 5], 3) == [[1, 2], [3, 4], [5]]
+    assert util.split_list([], 2) == [[], []]
+    assert (util.is_iterable("abc"), util.is_iterable(iter(())), util.is_iterable(3)) == (True, True, False)
+
+
 WORKERS = """
 import torch
 import horovod.torch as hvd

@@ -107,6 +107,31 @@ except hvd.HorovodInternalError as error:
     assert duration_s < PATIENCE_S
 
 
+def test_an_elastic_job_ends_with_the_process_that_has_failed() -> None:
+    body = """
+state = hvd.elastic.TorchState(step=0)
+
+@hvd.elastic.run
+def train(state):
+    while True:
+        hvd.allreduce(torch.ones(1), name="step")
+        state.step += 1
+        if state.step == 3 and hvd.rank() == 1:
+            raise KeyError("batch 17")
+
+try:
+    train(state)
+except hvd.HorovodInternalError as error:
+    print("CAUGHT", error)
+    raise
+"""
+    code, output, duration_s = run(2, body)
+    assert code != 0, output
+    assert "CAUGHT" in output, output
+    assert "elastic run: KeyError: 'batch 17'" in output, output
+    assert duration_s < PATIENCE_S
+
+
 def test_a_job_may_end_without_shutdown_and_with_operations_in_flight_and_one_rank_late() -> None:
     body = """
 hvd.allreduce_async(torch.ones(2), name="never waited for")
