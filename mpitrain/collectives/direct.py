@@ -22,14 +22,14 @@ from mpitrain.collectives.layout import even_counts
 from mpitrain.collectives.node import Flags, Node
 from mpitrain.collectives.reduction import Reduction
 
-__all__ = ["Across", "shared_allreduce", "staged_allreduce"]
+__all__ = ["NUM_STAGED", "Across", "Stages", "pipeline", "shared_allreduce", "staged_allreduce", "wait"]
 
 # With one block of a peer beside it, a block stays in a core's own cache. Of 64 KiB to 1 MiB this size was the fastest.
 _BLOCK_NBYTES = 512 << 10
 # Slices begin on cache lines, so that no two ranks write to one.
 _LINE_NBYTES = 64
 # How many pieces the staging memory holds.
-_NUM_STAGED = 4
+NUM_STAGED = 4
 # How long a piece of a shared buffer is on its way across nodes, and how many are at once.
 _PIECE_NBYTES = 1 << 20
 _NUM_ACROSS = 4
@@ -84,10 +84,10 @@ def shared_allreduce(
                 part[:] = mine
 
     flags.signal(_FILLED, number)
-    yield from _wait(flags, _FILLED, number)
-    yield from _pipeline((chain(piece) for piece in range(num_pieces)), _NUM_ACROSS)
+    yield from wait(flags, _FILLED, number)
+    yield from pipeline((chain(piece) for piece in range(num_pieces)), _NUM_ACROSS)
     flags.signal(_REDUCED, number)
-    yield from _wait(flags, _REDUCED, number)
+    yield from wait(flags, _REDUCED, number)
 
 
 def staged_allreduce(
@@ -102,22 +102,22 @@ def staged_allreduce(
     Determinism: reduced in rank order; same bits on all ranks, run after run.
     """
     staging = node.staging(array.dtype)
-    piece_count = staging[0].size // _NUM_STAGED
+    piece_count = staging[0].size // NUM_STAGED
     flags = node.flags
 
-    stages = _Stages(flags, number)
+    stages = Stages(flags, number)
 
     def chain(piece: int) -> Task[None]:
-        first, slot = piece * piece_count, piece % _NUM_STAGED * piece_count
+        first, slot = piece * piece_count, piece % NUM_STAGED * piece_count
         length = min(piece_count, array.size - first)
         bounds = [_slice_bounds(length, node, owner, array.itemsize, across) for owner in range(node.size)]
         here = [array[first + begin : first + end] for begin, end in bounds]
         there = [slice(slot + begin, slot + end) for begin, end in bounds]
         others = [owner for owner in range(node.size) if owner != node.rank]
-        if piece >= _NUM_STAGED:
-            yield from stages.left_by_all(_EMPTIED, piece - _NUM_STAGED)
+        if piece >= NUM_STAGED:
+            yield from stages.left_by_all(_EMPTIED, piece - NUM_STAGED)
         else:
-            yield from _wait(flags, _EMPTIED, *previous)
+            yield from wait(flags, _EMPTIED, *previous)
         for owner in others:
             staging[node.rank][there[owner]] = here[owner]
         yield from stages.leave(_FILLED, piece)
@@ -140,10 +140,10 @@ def staged_allreduce(
     previous = node.last_staged
     if num_pieces:
         node.last_staged = (number, num_pieces - 1)
-    yield from _pipeline((chain(piece) for piece in range(num_pieces)), _NUM_STAGED)
+    yield from pipeline((chain(piece) for piece in range(num_pieces)), NUM_STAGED)
 
 
-class _Stages:
+class Stages:
     """Lets the pieces of one operation leave each stage in order, so that a flag's count of pieces only grows."""
 
     def __init__(self, flags: Flags, number: int) -> None:
@@ -153,7 +153,7 @@ class _Stages:
 
     def left_by_all(self, stage: int, piece: int) -> Task[None]:
         """Wait until all ranks have left a stage with a piece."""
-        return _wait(self._flags, stage, self._number, piece)
+        return wait(self._flags, stage, self._number, piece)
 
     def leave(self, stage: int, piece: int) -> Task[None]:
         """Say, when it is the piece's turn, that this rank has done its part of a stage."""
@@ -207,7 +207,7 @@ def _slice_bounds(count: int, node: Node, owner: int, itemsize: int, across: Acr
     return min(begin, count), min(begin + counts[owner] * line, count)
 
 
-def _pipeline(chains: Iterable[Task[None]], depth: int) -> Task[None]:
+def pipeline(chains: Iterable[Task[None]], depth: int) -> Task[None]:
     """Advance chains in turn, `depth` of them at a time, in order."""
     waiting = iter(chains)
     active: list[Task[None]] = []
@@ -227,6 +227,7 @@ def _pipeline(chains: Iterable[Task[None]], depth: int) -> Task[None]:
             yield moved
 
 
-def _wait(flags: Flags, phase: int, number: int, part: int = 0) -> Task[None]:
+def wait(flags: Flags, phase: int, number: int, part: int = 0) -> Task[None]:
+    """Wait until all ranks of the node have ended a phase of an operation."""
     while not flags.reached(phase, number, part):
         yield False

@@ -38,6 +38,7 @@ _NATIVE_CALL_S = 8e-6
 _STAGED_CALL_S = 35e-6
 _WINDOW_CALL_S = 24e-6
 _MEETING_CALL_S = 2.5e-6
+_PLAN_CALL_S = 9e-6
 _MET_RANK_S = 0.1e-6
 # The ranks wait for each other's pieces.
 _STAGED_PIECE_S = 10e-6
@@ -121,6 +122,8 @@ def predicted_s(
     if name == NATIVE:
         return _native_s(collective, nbytes, shape, blocking=blocking)
     if name in (DIRECT, HIERARCHICAL):
+        if collective != "allreduce":
+            return _exchange_s(collective, nbytes, shape, blocking=blocking, in_window=in_window)
         if name == DIRECT and blocking and not in_window and nbytes <= _BROUGHT_NBYTES:
             return _MEETING_CALL_S + shape.size * _MET_RANK_S + nbytes * shape.size / _STAGED_BYTES_PER_S
         return _shared_memory_s(nbytes, shape, in_window=in_window)
@@ -157,6 +160,20 @@ def _shared_memory_s(nbytes: int, shape: Shape, *, in_window: bool) -> float:
     num_rounds = 2 * (shape.num_nodes - 1)
     cross_byte_s = num_rounds / shape.num_nodes / _CROSS_BYTES_PER_S
     return _SCHEDULE_CALL_S + call_s + num_rounds * _CROSS_ROUND_S + nbytes * max(byte_s, cross_byte_s)
+
+
+def _exchange_s(collective: str, nbytes: int, shape: Shape, *, blocking: bool, in_window: bool) -> float:
+    """Each rank copies what it brings, unless that is shared, and reads what it takes."""
+    size = shape.size
+    brought = nbytes * {"allgather": 1 / size, "reduce_scatter": (size - 1) / size}.get(collective, 1.0)
+    taken = nbytes * (size if collective == "reduce" else 1)
+    if in_window:
+        return _WINDOW_CALL_S + taken / _COPIED_BYTES_PER_S
+    if blocking and brought <= _BROUGHT_NBYTES:
+        call_s = _PLAN_CALL_S + size * _MET_RANK_S
+    else:
+        call_s = _STAGED_CALL_S + (size - 1) * brought / _STAGED_PIECE_NBYTES * _STAGED_PIECE_S
+    return call_s + (brought + taken) / _COPIED_BYTES_PER_S
 
 
 @functools.lru_cache(maxsize=1024)

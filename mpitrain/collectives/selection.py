@@ -21,6 +21,10 @@ NATIVE = "native"
 DIRECT = "direct"
 HIERARCHICAL = "hierarchical"
 
+_IN_MEMORY = {
+    DIRECT: ("allreduce", "allgather", "broadcast", "reduce", "reduce_scatter"),
+    HIERARCHICAL: ("allreduce",),
+}
 _MOST_SEGMENTS = 64
 
 
@@ -30,7 +34,7 @@ class Available:
 
     Attributes:
         has_native: Whether the MPI library has collectives.
-        shared: The all-reduce in memory that the ranks of a node share, None without such memory.
+        shared: The algorithm in memory that the ranks of a node share, None without such memory.
     """
 
     has_native: bool = True
@@ -39,7 +43,7 @@ class Available:
 
 def known_algorithms(collective: str, available: Available) -> list[str]:
     """Return the names that may be asked for."""
-    shared = [available.shared] if available.shared and collective == "allreduce" else []
+    shared = [available.shared] if available.shared and collective in _IN_MEMORY[available.shared] else []
     return ["auto", *([NATIVE] if available.has_native else []), *shared, *ALGORITHMS[collective]]
 
 

@@ -94,7 +94,7 @@ def flat_view(array: object, *, name: str = "array", writable: bool = False) -> 
 
 
 def allocate_like(array: object, shape: int | Sequence[int]) -> CallersArray:
-    """Return a new uninitialised array of the library, dtype and device of `array`.
+    """Return a new uninitialised array of the library, dtype and device of `array`; private if that is shared.
 
     Args:
         array: A `FlatArray` (its `owner` counts) or anything `flat_view` takes, contiguous or not.
@@ -105,6 +105,8 @@ def allocate_like(array: object, shape: int | Sequence[int]) -> CallersArray:
     """
     array = array.owner if isinstance(array, FlatArray) else array
     new_shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    if isinstance(array, SharedArray):
+        return SharedArray.private(array.dtype, new_shape)
     torch = loaded_torch()
     if torch is not None and isinstance(array, torch.Tensor):
         return _plain(array, "array").new_empty(new_shape)
@@ -127,6 +129,10 @@ def copy_of(array: object) -> CallersArray:
         TypeError: The kind of array, or its dtype, is not supported.
     """
     array = array.owner if isinstance(array, FlatArray) else array
+    if isinstance(array, SharedArray):
+        copy = SharedArray.private(array.dtype, array.shape)
+        copy.flat[:] = array.flat
+        return copy
     torch = loaded_torch()
     if torch is not None and isinstance(array, torch.Tensor):
         # A clone holds its values also where the original is a lazy conjugate or negative.

@@ -34,6 +34,14 @@ def test_results_are_exact(comm, collective, algorithm):
     assert run_cases(comm, collective, algorithm, grid(collective, comm.size)) >= 8
 
 
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("collective", ["allreduce", "allgather", "broadcast", "reduce", "reduce_scatter"])
+def test_results_are_exact_by_load_and_store(comm, collective):
+    if "direct" not in comm.known_algorithms(collective):
+        pytest.skip("no shared memory in these settings")
+    assert run_cases(comm, collective, "direct", grid(collective, comm.size)) >= 8
+
+
 @pytest.mark.parametrize("collective", ALGORITHMS)
 def test_results_are_exact_whatever_is_chosen(comm, collective):
     cases = [Case(count=count, form=form) for count in counts_for(comm.size) for form in ("new", "async")]
@@ -124,12 +132,16 @@ def test_more_communicators_than_the_library_has_room_for_operations(comm):
         other.free()
 
 
+def iter_nothing():
+    yield
+
+
 def test_objects(comm):
     values = comm.allgather_obj({"rank": comm.rank, "text": "x" * 1000 * comm.rank})
     assert [value["rank"] for value in values] == list(range(comm.size))
     assert comm.broadcast_obj(("from", comm.rank), root=comm.size - 1) == ("from", comm.size - 1)
-    with pytest.raises(ValueError, match="rank 0: function cannot be pickled"):
-        comm.allgather_obj((lambda: None) if comm.rank == 0 else 1)
+    with pytest.raises(ValueError, match="rank 0: generator cannot be pickled"):
+        comm.allgather_obj(iter_nothing() if comm.rank == 0 else 1)
 
 
 def test_messages_larger_than_what_mpi_sends_eagerly(comm):

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from mpitrain.collectives.context import Context
+from mpitrain.collectives.exchange import Allgather, plan_exchange
 from mpitrain.collectives.executor import Task
 from mpitrain.collectives.layout import Layout
 from mpitrain.collectives.plan import Call, Plan
-from mpitrain.collectives.selection import NATIVE
-from mpitrain.memory import allocate_like, flat_view
+from mpitrain.collectives.selection import DIRECT, NATIVE
+from mpitrain.memory import SharedArray, allocate_like, flat_view
 
 __all__ = ["plan_allgather"]
 
@@ -44,7 +45,22 @@ def plan_allgather(
     counts = tuple(row * row_count for row in all_rows)
     layout = Layout.packed(counts)
     nbytes = sum(counts) * dtype.itemsize
-    name = context.choose("allgather", algorithm, nbytes, blocking=blocking)
+    in_window = isinstance(array, SharedArray) and array.is_shared
+    name = context.choose("allgather", algorithm, nbytes, blocking=blocking, in_window=in_window)
+    shape = [list(all_rows) if rows is not None else own_rows, *rest]
+    description = f"allgather of {dtype} {shape} by {name}"
+    if name == DIRECT:
+        gathered = allocate_like(array, (sum(all_rows), *rest))
+        exchange = Allgather(context.rank, view.data, flat_view(gathered, writable=True).data, layout)
+        return plan_exchange(
+            context,
+            exchange,
+            array,
+            storage=dtype.storage,
+            description=description,
+            result=lambda: gathered,
+            blocking=blocking,
+        )
     uses_native = name == NATIVE
     if not uses_native:
         program = context.program("allgather", name, layout, dtype, nbytes=nbytes)
@@ -60,5 +76,4 @@ def plan_allgather(
             yield from context.execute(program, [data], dtype, call)
         return result
 
-    shape = [list(all_rows) if rows is not None else own_rows, *rest]
-    return Plan(f"allgather of {dtype} {shape} by {name}", task, uses_native, nbytes=view.nbytes)
+    return Plan(description, task, uses_native, nbytes=view.nbytes)

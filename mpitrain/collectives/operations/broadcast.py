@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from mpitrain.collectives.context import Context
+from mpitrain.collectives.exchange import Broadcast, plan_exchange
 from mpitrain.collectives.executor import Task
 from mpitrain.collectives.layout import Layout, even_counts
 from mpitrain.collectives.plan import Call, Plan
-from mpitrain.collectives.selection import NATIVE
-from mpitrain.memory import copy_of, flat_view
+from mpitrain.collectives.selection import DIRECT, NATIVE
+from mpitrain.memory import SharedArray, copy_of, flat_view
 
 __all__ = ["plan_broadcast"]
 
@@ -39,7 +40,20 @@ def plan_broadcast(
     context.check_root("broadcast", root)
     view = flat_view(array if in_place else copy_of(array), writable=context.rank != root)
     dtype = view.dtype
-    name = context.choose("broadcast", algorithm, view.nbytes, blocking=blocking)
+    in_window = isinstance(array, SharedArray) and array.is_shared and in_place
+    name = context.choose("broadcast", algorithm, view.nbytes, blocking=blocking, in_window=in_window)
+    description = f"broadcast of {dtype} {list(view.shape)} from root {root} by {name}"
+    if name == DIRECT:
+        exchange = Broadcast(context.rank, root, view.data)
+        return plan_exchange(
+            context,
+            exchange,
+            view.owner,
+            storage=dtype.storage,
+            description=description,
+            result=lambda: view.owner,
+            blocking=blocking,
+        )
     uses_native = name == NATIVE
     if not uses_native:
         counts = even_counts(view.count, context.num_chunks("broadcast", name, view.nbytes))
@@ -52,6 +66,4 @@ def plan_broadcast(
             yield from context.execute(program, [view.data], dtype, call)
         return view.owner
 
-    return Plan(
-        f"broadcast of {dtype} {list(view.shape)} from root {root} by {name}", task, uses_native, nbytes=view.nbytes
-    )
+    return Plan(description, task, uses_native, nbytes=view.nbytes)

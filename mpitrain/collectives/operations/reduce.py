@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from mpitrain.collectives.context import Context
+from mpitrain.collectives.exchange import Reduce, plan_exchange
 from mpitrain.collectives.executor import Task
 from mpitrain.collectives.layout import Layout, even_counts
 from mpitrain.collectives.plan import Call, Plan
-from mpitrain.collectives.selection import NATIVE
-from mpitrain.memory import ReduceOp, copy_of, divide_by, flat_view
+from mpitrain.collectives.reduction import Reduction
+from mpitrain.collectives.selection import DIRECT, NATIVE
+from mpitrain.memory import ReduceOp, SharedArray, allocate_like, copy_of, divide_by, flat_view
 
 __all__ = ["plan_reduce"]
 
@@ -29,11 +31,27 @@ def plan_reduce(
         ValueError, TypeError: Bad argument.
     """
     context.check_root("reduce", root)
+    given = flat_view(array)
+    dtype = given.dtype
+    op = context.check_reduction("reduce", op, dtype)
+    in_window = isinstance(array, SharedArray) and array.is_shared
+    name = context.choose("reduce", algorithm, given.nbytes, blocking=blocking, in_window=in_window)
+    description = f"reduce {op.name.lower()} of {dtype} {list(given.shape)} to root {root} by {name}"
+    if name == DIRECT:
+        reduced = allocate_like(array, given.shape) if context.rank == root else None
+        total = None if reduced is None else flat_view(reduced, writable=True).data
+        exchange = Reduce(context.rank, given.data, total, Reduction(dtype, op, context.size))
+        return plan_exchange(
+            context,
+            exchange,
+            array,
+            storage=dtype.storage,
+            description=description,
+            result=lambda: reduced,
+            blocking=blocking,
+        )
     # Partial results pass through every rank that receives, so all work on a copy.
     view = flat_view(copy_of(array), writable=True)
-    dtype = view.dtype
-    op = context.check_reduction("reduce", op, dtype)
-    name = context.choose("reduce", algorithm, view.nbytes, blocking=blocking)
     uses_native = name == NATIVE
     if not uses_native:
         counts = even_counts(view.count, context.num_chunks("reduce", name, view.nbytes))
@@ -50,5 +68,4 @@ def plan_reduce(
             divide_by(view.data, context.size, dtype)
         return view.owner
 
-    description = f"reduce {op.name.lower()} of {dtype} {list(view.shape)} to root {root} by {name}"
     return Plan(description, task, uses_native, nbytes=view.nbytes)

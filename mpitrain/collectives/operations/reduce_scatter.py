@@ -6,11 +6,13 @@ import math
 from typing import Any
 
 from mpitrain.collectives.context import Context
+from mpitrain.collectives.exchange import ReduceScatter, plan_exchange
 from mpitrain.collectives.executor import Task
 from mpitrain.collectives.layout import Layout, even_counts
 from mpitrain.collectives.plan import Call, Plan
-from mpitrain.collectives.selection import NATIVE
-from mpitrain.memory import ReduceOp, allocate_like, divide_by, flat_view
+from mpitrain.collectives.reduction import Reduction
+from mpitrain.collectives.selection import DIRECT, NATIVE
+from mpitrain.memory import ReduceOp, SharedArray, allocate_like, divide_by, flat_view
 
 __all__ = ["plan_reduce_scatter"]
 
@@ -34,7 +36,22 @@ def plan_reduce_scatter(
     row_count = math.prod(view.shape[1:])
     counts = tuple(row * row_count for row in rows)
     layout = Layout.packed(counts)
-    name = context.choose("reduce_scatter", algorithm, view.nbytes, blocking=blocking)
+    in_window = isinstance(array, SharedArray) and array.is_shared
+    name = context.choose("reduce_scatter", algorithm, view.nbytes, blocking=blocking, in_window=in_window)
+    description = f"reduce_scatter {op.name.lower()} of {dtype} {list(view.shape)} by {name}"
+    if name == DIRECT:
+        scattered = allocate_like(array, (rows[context.rank], *view.shape[1:]))
+        reduction = Reduction(dtype, op, context.size)
+        exchange = ReduceScatter(context.rank, view.data, flat_view(scattered, writable=True).data, layout, reduction)
+        return plan_exchange(
+            context,
+            exchange,
+            array,
+            storage=dtype.storage,
+            description=description,
+            result=lambda: scattered,
+            blocking=blocking,
+        )
     uses_native = name == NATIVE
     if not uses_native:
         program = context.program("reduce_scatter", name, layout, dtype, nbytes=view.nbytes)
@@ -58,5 +75,4 @@ def plan_reduce_scatter(
             divide_by(part, context.size, dtype)
         return result
 
-    description = f"reduce_scatter {op.name.lower()} of {dtype} {list(view.shape)} by {name}"
     return Plan(description, task, uses_native, nbytes=view.nbytes)

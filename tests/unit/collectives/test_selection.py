@@ -12,7 +12,11 @@ def test_what_is_known_depends_on_what_there_is(collective):
     assert known_algorithms(collective, Available(has_native=False)) == schedules
     assert set(known_algorithms(collective, Available())) == {*schedules, "native"}
     with_shared = set(known_algorithms(collective, Available(shared="direct")))
-    assert ("direct" in with_shared) == (collective == "allreduce")
+    one_exchange = ("allgather", "broadcast", "reduce", "reduce_scatter")
+    assert ("direct" in with_shared) == (collective in ("allreduce", *one_exchange))
+    assert ("hierarchical" in known_algorithms(collective, Available(shared="hierarchical"))) == (
+        collective == "allreduce"
+    )
 
 
 @pytest.mark.parametrize("name", ["native", "bogus", "", "Ring", "direct"])

@@ -149,9 +149,9 @@ def test_two_choices_for_the_same_are_refused():
         Table.from_json(data)
 
 
-def test_direct_is_an_all_reduce_only():
-    with pytest.raises(ValueError, match="algorithm of broadcast: unknown, got 'direct'"):
-        Table("", {}, TODAY, {Key("broadcast", PAIR, True): ((None, "direct"),)})
+def test_hierarchical_is_an_all_reduce_only():
+    with pytest.raises(ValueError, match="algorithm of broadcast: unknown, got 'hierarchical'"):
+        Table("", {}, TODAY, {Key("broadcast", PAIR, True): ((None, "hierarchical"),)})
 
 
 def test_update_keeps_what_is_not_replaced():
