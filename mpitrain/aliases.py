@@ -40,8 +40,8 @@ def _level(text: str) -> str:
 ALIASES = {
     "HOROVOD_FUSION_THRESHOLD": Alias(("fusion_nbytes", "bucket_nbytes"), _at_least_one),
     "HOROVOD_LOG_LEVEL": Alias(("log_level",), _level),
-    # Before the time limit, as it wins over it.
-    "HOROVOD_STALL_CHECK_DISABLE": Alias(("stall_warning_s",), _never_if_set),
+    # Before the time limits, as it wins over them.
+    "HOROVOD_STALL_CHECK_DISABLE": Alias(("stall_warning_s", "stall_shutdown_s"), _never_if_set),
     "HOROVOD_STALL_CHECK_TIME_SECONDS": Alias(("stall_warning_s",)),
     "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": Alias(("stall_shutdown_s",)),
 }

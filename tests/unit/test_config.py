@@ -47,7 +47,11 @@ def test_unusable_value_is_refused_by_the_name_of_its_variable(name: str, value:
             {"fusion_nbytes": 4096, "bucket_nbytes": 8192},
         ),
         ({"HOROVOD_STALL_CHECK_TIME_SECONDS": "7.5"}, {"stall_warning_s": 7.5}),
-        ({"HOROVOD_STALL_CHECK_TIME_SECONDS": "7", "HOROVOD_STALL_CHECK_DISABLE": "1"}, {"stall_warning_s": 0.0}),
+        ({"HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "90"}, {"stall_shutdown_s": 90.0}),
+        (
+            {"HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "90", "HOROVOD_STALL_CHECK_DISABLE": "1"},
+            {"stall_warning_s": 0.0, "stall_shutdown_s": 0.0},
+        ),
         ({"HOROVOD_STALL_CHECK_TIME_SECONDS": "7", "HOROVOD_STALL_CHECK_DISABLE": "0"}, {"stall_warning_s": 7.0}),
         ({"HOROVOD_LOG_LEVEL": "TRACE"}, {"log_level": "debug"}),
         ({"HOROVOD_LOG_LEVEL": "fatal", "MPITRAIN_LOG_LEVEL": "Info"}, {"log_level": "info"}),

@@ -64,7 +64,7 @@ def test_digits_are_learned_and_every_rank_prints_once(tmp_path: Path) -> None:
     assert len(numbers(r"epoch \d batch 0/23 loss ([\d.]+)", output)) == 3
     accuracies = numbers(r"accuracy ([\d.]+)", output)
     assert len(accuracies) == 3
-    assert accuracies[-1] > 0.8
+    assert accuracies[-1] > 0.7
 
 
 def test_the_benchmark_reports_rates_of_one_rank_and_of_all(tmp_path: Path) -> None:
