@@ -88,7 +88,8 @@ class Settings:
         stall_shutdown_s: After so long a named operation that not all ranks have started ends everything on its group,
             with an error on every rank that waits; 0 is never.
         shared_memory: Let ranks of one node reduce in memory that all of them map, where MPI can share it.
-        staging_nbytes: Shared memory of each rank and communicator through which ordinary arrays pass.
+        staging_nbytes: Shared memory of each rank and communicator through which ordinary arrays pass; blocking calls
+            have as much again.
         check: Compare what the ranks bring to each collective before it starts, so that a
             mismatch is an error on every rank. Costs one small all-reduce.
         tune_dir: Folder of the tables that `mpitrain tune` measures; "" is `tune` in the `cache_folder` of rank 0.

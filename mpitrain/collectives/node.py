@@ -26,7 +26,7 @@ _NUM_SLOTS = 128
 _NUM_PHASES = 3
 _FLAGS_NBYTES = _NUM_SLOTS * _NUM_PHASES * _FLAG_NBYTES
 # Of the staging memory; blocking calls have slots of their own, of this size, for what is not staged in pieces.
-_SLOT_SHARE = 4
+_SLOT_SHARE = 2
 _SLOT_GRAIN_NBYTES = 64
 # Parts of an operation that flags can tell apart.
 _MOST_PARTS = 1 << 32

@@ -14,7 +14,7 @@ from tests.support.ranks import outcome, run_communicators
 
 pytestmark = pytest.mark.timeout(60)
 
-# Pieces of 256 bytes, and slots of as many.
+# Pieces of 256 bytes, and slots of 512.
 SETTINGS = Settings(wait="sleep", staging_nbytes=1024)
 WAYS = ["blocking", "async", "shared", "shared async"]
 COUNTS = [0, 1, 7, 64, 1001]

@@ -13,7 +13,7 @@ from tests.support.ranks import outcome, run_communicators
 
 pytestmark = pytest.mark.timeout(60)
 
-# Slots of 2 KiB.
+# Slots of 4 KiB.
 SETTINGS = Settings(wait="sleep", staging_nbytes=8192)
 
 
