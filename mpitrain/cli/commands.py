@@ -13,6 +13,7 @@ import click
 
 import mpitrain
 from mpitrain.cli.bench import bench
+from mpitrain.cli.doctor import doctor
 from mpitrain.cli.explain import explain
 from mpitrain.cli.job import JobError, meet
 from mpitrain.cli.options import parse_nbytes_option
@@ -76,6 +77,7 @@ def tune(**options: Any) -> None:
 
 for _command in (bench, explain, simulate):
     commands.add_command(_command)
+commands.add_command(doctor)
 commands.add_command(run_command)
 
 

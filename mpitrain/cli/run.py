@@ -19,10 +19,11 @@ from mpitrain.launch import (
     KINDS,
     Host,
     JobRequest,
-    Launcher,
     build_command,
     check_names,
+    check_user,
     find_launcher,
+    is_rank,
     names_to_forward,
     parse_hosts,
     place_ranks,
@@ -34,7 +35,6 @@ __all__ = ["run"]
 
 # By these a process knows that a batch system has given it hosts: Slurm, PBS and Torque, LSF, Grid Engine.
 _ALLOCATIONS = ("SLURM_JOB_ID", "PBS_NODEFILE", "LSB_DJOB_HOSTFILE", "PE_HOSTFILE")
-_ALLOWED_AS_ROOT = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
@@ -89,10 +89,9 @@ def run(
     """
     try:
         environ = copy_environment()
-        _check_outside(environ)
         names = _set_variables(environ, variables, algorithm)
         found = find_launcher(launcher)
-        _check_user(found, environ)
+        check_user(found, environ)
         listed = parse_hosts(hosts) if hosts else read_hostfile(hostfile) if hostfile else []
         placed, size, is_local = _place(listed, size, environ, oversubscribe=oversubscribe)
         request = JobRequest(
@@ -131,18 +130,15 @@ def run(
     return outcome.status
 
 
-def _check_outside(environ: dict[str, str]) -> None:
-    # Slurm's interactive shells may have the variables of a rank.
-    if "OMPI_COMM_WORLD_RANK" in environ or ("PMI_RANK" in environ and "SLURM_JOB_ID" not in environ):
-        raise LaunchError("run: cannot start a job within a job, got a call by a rank; call it without mpirun")
-
-
 def _set_variables(environ: dict[str, str], variables: Sequence[str], algorithm: str | None) -> list[str]:
-    """Put the variables of options into the environment; return their names.
+    """Put the variables of options into the environment of the launcher; return their names.
 
     Raises:
+        LaunchError: It is that of a rank.
         ValueError: A setting has an unusable value.
     """
+    if is_rank(environ):
+        raise LaunchError("run: cannot start a job within a job, got a call by a rank; call it without mpirun")
     names = []
     for variable in variables:
         name, sign, value = variable.partition("=")
@@ -155,14 +151,6 @@ def _set_variables(environ: dict[str, str], variables: Sequence[str], algorithm:
     environ.setdefault("PYTHONUNBUFFERED", "1")
     prepare_mpi_wheel(environ)
     return names
-
-
-def _check_user(launcher: Launcher, environ: dict[str, str]) -> None:
-    if launcher.kind == "openmpi" and os.geteuid() == 0 and not all(environ.get(name) for name in _ALLOWED_AS_ROOT):
-        raise LaunchError(
-            f"mpirun: Open MPI does not start ranks as root; as in containers there is nobody else, set "
-            f"{'=1 and '.join(_ALLOWED_AS_ROOT)}=1"
-        )
 
 
 def _place(

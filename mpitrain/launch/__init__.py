@@ -5,8 +5,8 @@ No shell takes part, and no MPI is initialised in this process.
 
 from mpitrain.launch.command import BINDINGS, JobRequest, build_command, names_to_forward
 from mpitrain.launch.hosts import Host, parse_hosts, place_ranks, read_hostfile
-from mpitrain.launch.launchers import KINDS, Launcher, find_launcher
-from mpitrain.launch.reach import check_names
+from mpitrain.launch.launchers import KINDS, Launcher, check_user, find_launcher, is_rank
+from mpitrain.launch.reach import check_names, is_known
 from mpitrain.launch.supervisor import run_job
 
 __all__ = [
@@ -17,7 +17,10 @@ __all__ = [
     "Launcher",
     "build_command",
     "check_names",
+    "check_user",
     "find_launcher",
+    "is_known",
+    "is_rank",
     "names_to_forward",
     "parse_hosts",
     "place_ranks",

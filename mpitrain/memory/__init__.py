@@ -17,7 +17,7 @@ from mpitrain.memory.reduction import (
     scale,
 )
 from mpitrain.memory.scratch import ScratchPool
-from mpitrain.memory.shared import SharedArray, SharedBlock, allocate_window, free_shared_nbytes
+from mpitrain.memory.shared import SharedArray, SharedBlock, allocate_window, free_shared_nbytes, total_shared_nbytes
 
 __all__ = [
     "DTYPES",
@@ -46,4 +46,5 @@ __all__ = [
     "quiet_context",
     "reduce_into",
     "scale",
+    "total_shared_nbytes",
 ]

@@ -14,7 +14,16 @@ import numpy as np
 from mpitrain.errors import UnavailableError
 from mpitrain.memory.loaded import loaded_torch
 
-__all__ = ["as_cupy", "copy", "device_id", "empty", "is_device_array", "is_read_only", "synchronize"]
+__all__ = [
+    "as_cupy",
+    "copy",
+    "describe_devices",
+    "device_id",
+    "empty",
+    "is_device_array",
+    "is_read_only",
+    "synchronize",
+]
 
 CupyModule: TypeAlias = Any
 CupyArray: TypeAlias = Any
@@ -60,6 +69,23 @@ def as_cupy(array: object, *, name: str = "array") -> CupyArray:
 def device_id(array: CupyArray) -> int:
     """Return the number of the device that holds a CuPy array."""
     return int(array.device.id)
+
+
+def describe_devices() -> str:
+    """Return CuPy's version and the names of the devices that it sees.
+
+    Raises:
+        UnavailableError: CuPy is not installed, or sees no device.
+    """
+    cupy = _cupy("devices")
+    runtime = cupy.cuda.runtime
+    try:
+        names = [runtime.getDeviceProperties(index)["name"].decode() for index in range(runtime.getDeviceCount())]
+    except runtime.CUDARuntimeError as error:
+        raise UnavailableError(
+            f"devices: CuPy {cupy.__version__} sees none, got {error}; look at the driver with nvidia-smi"
+        ) from error
+    return f"{cupy.__version__}, {', '.join(names) or 'no device'}"
 
 
 def empty(shape: tuple[int, ...], storage: np.dtype[Any], device: int) -> CupyArray:

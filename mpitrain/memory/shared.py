@@ -20,7 +20,7 @@ from mpitrain.memory.dtypes import DType
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["SharedArray", "SharedBlock", "allocate_window", "free_shared_nbytes"]
+__all__ = ["SharedArray", "SharedBlock", "allocate_window", "free_shared_nbytes", "total_shared_nbytes"]
 
 # Blocks begin on pages of their own, so that each can lie in memory close to its owner.
 _PAGE_NBYTES = 4096
@@ -170,8 +170,18 @@ def _exporter(memory: Any, nbytes: int) -> Any:
 
 def free_shared_nbytes() -> int | None:
     """Return how much shared memory this machine can still give; None where that cannot be asked."""
+    state = _state()
+    return None if state is None else state.f_bavail * state.f_frsize
+
+
+def total_shared_nbytes() -> int | None:
+    """Return how much shared memory this machine has in all; None where that cannot be asked."""
+    state = _state()
+    return None if state is None else state.f_blocks * state.f_frsize
+
+
+def _state() -> os.statvfs_result | None:
     try:
-        state = os.statvfs(_FOLDER)
+        return os.statvfs(_FOLDER)
     except OSError:
         return None
-    return state.f_bavail * state.f_frsize

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -95,6 +96,22 @@ def test_mpitrain_run_refuses_hosts_in_one_line(cluster, mpi, arguments, message
     assert done.returncode == 2
     assert done.stderr.startswith(message)
     assert done.stderr.count("\n") == 1
+
+
+def test_the_doctor_sees_which_hosts_are_reached_and_where_ranks_are(cluster, mpi):
+    doctor = [sys.executable, "-m", "mpitrain", "doctor", "--json"]
+    done = run_on_head(cluster, [*doctor, "-H", "node0:2,node7,node1"])
+    found = {finding["name"]: finding for finding in json.loads(done.stdout)["findings"]}
+    assert done.returncode == 1
+    assert [found[f"host node{index}"]["text"] for index in (0, 7, 1)] == [
+        "reached, 2 slots",
+        "unknown",
+        "reached, 1 slots",
+    ]
+    done = run_on_head(cluster, mpi.mpirun(cluster, [1, 2, 0], "-m", "mpitrain", "doctor", "--json"))
+    found = {finding["name"]: finding for finding in json.loads(done.stdout)["findings"]}
+    assert done.returncode == 0, done.stdout
+    assert found["ranks"]["text"] == "3 on 2 hosts: node0 1, node1 2"
 
 
 @pytest.mark.parametrize("launch", ["mpirun", "mpitrain run"])
