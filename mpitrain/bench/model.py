@@ -1,7 +1,7 @@
 """How long collectives take on a described cluster of any size: the prices of schedules, plus what is no schedule.
 
     time = call + the price of the rounds (`mpitrain.schedules.price`)
-    time of an all-reduce in shared memory = call + 2(N-1) latencies + max(n / memory, 2(N-1)/N n / link)
+    time of an all-reduce in shared memory = shared call + 2(N-1) latencies + max(n / memory, 2(N-1)/N n / link)
 
 where N is the number of nodes and n the size of the buffer; on one node only its memory counts. The MPI library's own
 collectives have no price, as nobody knows which algorithms they are.
@@ -29,6 +29,7 @@ class Cluster:
 
     Attributes:
         call_s: What every call takes before and after its rounds.
+        shared_call_s: The same of an all-reduce in memory that the ranks of a node share.
         latency_s: Of a round within a node.
         cross_latency_s: Of a round in which a message goes to another node.
         bytes_per_s: Of the port of a rank, in each direction.
@@ -38,6 +39,7 @@ class Cluster:
     """
 
     call_s: float = 30e-6
+    shared_call_s: float = 20e-6
     latency_s: float = 20e-6
     cross_latency_s: float = 60e-6
     bytes_per_s: float = 8e9
@@ -88,7 +90,7 @@ def time_s(
         ValueError: No such collective or algorithm.
     """
     if collective == "allreduce" and name in (DIRECT, HIERARCHICAL):
-        return cluster.call_s + _shared_s(nbytes, shape, cluster)
+        return cluster.shared_call_s + _shared_s(nbytes, shape, cluster)
     num_segments = choose_num_segments(nbytes, segment_nbytes)
     loads, num_chunks = _loads(collective, name, shape, num_segments)
     network = Network(
@@ -106,7 +108,7 @@ def _shared_s(nbytes: int, shape: Shape, cluster: Cluster) -> float:
     """Load and store on each node; between nodes a ring at the same time, of each slice on its own."""
     memory_s = nbytes / cluster.memory_bytes_per_s
     if shape.num_nodes == 1:
-        return cluster.latency_s + memory_s
+        return memory_s
     num_rounds = 2 * (shape.num_nodes - 1)
     cross_s = num_rounds / shape.num_nodes * nbytes / cluster.cross_bytes_per_s
     return num_rounds * cluster.cross_latency_s + max(memory_s, cross_s)

@@ -17,6 +17,7 @@ from mpitrain.cli.doctor import doctor
 from mpitrain.cli.explain import explain
 from mpitrain.cli.job import JobError, meet
 from mpitrain.cli.options import parse_nbytes_option
+from mpitrain.cli.report import report
 from mpitrain.cli.run import run as run_command
 from mpitrain.cli.simulate import simulate
 from mpitrain.cli.tune import Request, tune_job
@@ -75,7 +76,7 @@ def tune(**options: Any) -> None:
     tune_job(request, settings)
 
 
-for _command in (bench, explain, simulate):
+for _command in (bench, explain, report, simulate):
     commands.add_command(_command)
 commands.add_command(doctor)
 commands.add_command(run_command)

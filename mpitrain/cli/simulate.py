@@ -28,6 +28,7 @@ __all__ = ["simulate"]
 # Options by field: name, unit, factor of the unit, meaning.
 _FIELDS: dict[str, tuple[str, str, float, str]] = {
     "call_s": ("--call", "US", 1e-6, "What every call takes besides its rounds, in microseconds."),
+    "shared_call_s": ("--shared-call", "US", 1e-6, "The same of an all-reduce in shared memory, in microseconds."),
     "latency_s": ("--latency", "US", 1e-6, "Of a round within a node, in microseconds."),
     "cross_latency_s": ("--cross-latency", "US", 1e-6, "Of a round between nodes, in microseconds."),
     "bytes_per_s": ("--bandwidth", "GB/S", 1e9, "Of each rank, in each direction."),

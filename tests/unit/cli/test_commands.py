@@ -120,6 +120,7 @@ def test_choices_of_the_command_are_collectives():
         (["bench", "allreduce", "--ops", "mean"], "mpitrain: op: unknown reduction, got 'mean'"),
         (["bench", "allreduce", "--memory", "disk"], "mpitrain: memory: unknown, got 'disk'"),
         (["explain", "allreduce", "fast"], "mpitrain: allreduce algorithm: unknown, got 'fast'"),
+        (["report", "/nowhere/results.json"], "mpitrain: results: cannot be read, got"),
         (["simulate", "--fit", "/nowhere/results.json"], "mpitrain: results: cannot be read, got"),
         ([], "mpitrain: Missing command"),
     ],
