@@ -143,7 +143,7 @@ def test_help(tmp_path: Path) -> None:
 
 
 @needs_mpirun
-@pytest.mark.parametrize("failure", ["sys.exit(3)", "hvd.init(); hvd.shutdown(); raise KeyError('batch 17')"])
+@pytest.mark.parametrize("failure", ["sys.exit(3)", "raise KeyError('batch 17')"])
 def test_a_rank_that_fails_ends_all_ranks_whatever_they_wait_for(tmp_path: Path, failure: str) -> None:
     (tmp_path / "train.py").write_text(
         "import sys\n"
