@@ -1,0 +1,81 @@
+"""Operations in different order, and operations that some ranks never start: they complete or raise, and never hang."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import mpitrain.torch as hvd  # noqa: E402
+from mpitrain.config import Settings  # noqa: E402
+
+pytestmark = [pytest.mark.timeout(60), pytest.mark.mpi(min_size=2)]
+
+
+@pytest.fixture
+def initialized():
+    hvd.init()
+    yield
+    hvd.shutdown()
+
+
+@pytest.mark.usefixtures("initialized")
+def test_unnamed_operations_of_other_kinds_in_another_order_raise_on_every_rank():
+    size, rank = hvd.size(), hvd.rank()
+    mine = torch.full((2,), float(rank))
+    starts = [lambda: hvd.allreduce_async(mine, op=hvd.Sum), lambda: hvd.allgather_async(mine)]
+    handles = [start() for start in (starts if rank % 2 else reversed(starts))]
+    for handle in handles:
+        with pytest.raises(hvd.HorovodInternalError, match="Mismatched operations: One rank did an"):
+            hvd.synchronize(handle)
+    # They count all the same, so what comes next meets its own kind.
+    assert hvd.allgather(mine[:1]).tolist() == list(range(size))
+    assert hvd.allreduce(mine, op=hvd.Sum).tolist() == [size * (size - 1) / 2] * 2
+
+
+@pytest.mark.usefixtures("initialized")
+def test_unnamed_operations_are_counted_for_each_process_set():
+    size, rank = hvd.size(), hvd.rank()
+    sets = [hvd.add_process_set([other]) for other in range(size)]
+    if size > 2:
+        sets.append(hvd.add_process_set(list(range(1, size))))
+    # Every rank has another number of operations on its sets, among those of all ranks.
+    for turn in range(3):
+        for process_set in sets:
+            if process_set.included():
+                for _ in range(rank + turn if process_set.size() == 1 else 2):
+                    result = hvd.allreduce(torch.ones(()), op=hvd.Sum, process_set=process_set)
+                    assert result.item() == process_set.size()
+        assert hvd.allreduce(torch.tensor(10.0**rank), op=hvd.Sum).item() == sum(10.0**other for other in range(size))
+
+
+@pytest.mark.parametrize("missing", ["first", "last"])
+def test_what_not_all_ranks_start_is_warned_of_and_ends_with_an_error_on_all(missing, caplog):
+    hvd.init(settings=Settings.from_environ().replace(stall_warning_s=0.1, stall_shutdown_s=0.5))
+    try:
+        absent = 0 if missing == "first" else hvd.size() - 1
+        others = [rank for rank in range(hvd.size()) if rank != absent]
+        parameter = torch.nn.Parameter(torch.ones(3))
+        optimizer = hvd.DistributedOptimizer(torch.optim.SGD([parameter], lr=0.1))
+        told = rf"x was not started by ranks \[{absent}\] within 0.5 s"
+        with caplog.at_level(logging.WARNING, "mpitrain"):
+            if hvd.rank() == absent:
+                # It waits for the others in something else, and is not left there.
+                parameter.sum().backward()
+                with pytest.raises(hvd.HorovodInternalError, match=told):
+                    optimizer.step()
+            else:
+                with pytest.raises(hvd.HorovodInternalError, match=told):
+                    hvd.allreduce(torch.ones(2), name="x")
+            with pytest.raises(hvd.HorovodInternalError, match=told):
+                hvd.allreduce(torch.ones(2), name="y")
+        if hvd.rank() == 0:
+            lines = [record.getMessage() for record in caplog.records if "waits since" in record.getMessage()]
+            assert lines
+            for line in lines:
+                assert line.startswith(f"r0/{hvd.size()} | allreduce.x: waits since ")
+                assert line.endswith(f" s for ranks [{absent}]; started by ranks {others}")
+    finally:
+        hvd.shutdown()
