@@ -40,6 +40,8 @@ def find_mismatch(announcements: Mapping[int, Announcement]) -> str:
 
 
 def _first_problem(announcements: Sequence[Announcement]) -> str:
+    if any(announcement.problem for announcement in announcements):
+        return "One rank has unusable arguments, and has raised an error of its own."
     collectives = _distinct(announcements, lambda each: each.collective)
     if len(collectives) > 1:
         first, second = (_WORDS[collective] for collective in collectives[:2])

@@ -32,6 +32,7 @@ class Announcement(NamedTuple):
         prescale: Factor before the reduction.
         postscale: Factor after it.
         splits: Rows for each rank of an all-to-all.
+        problem: Why this rank cannot take part; nothing else about the operation is known then.
     """
 
     name: str
@@ -42,9 +43,12 @@ class Announcement(NamedTuple):
     prescale: float = 1.0
     postscale: float = 1.0
     splits: tuple[int, ...] = ()
+    problem: str = ""
 
     def describe(self) -> str:
         """Return one line for messages."""
+        if self.problem:
+            return f"{self.collective} with unusable arguments: {self.problem}"
         parts = [self.collective]
         if self.op:
             parts.append(self.op)

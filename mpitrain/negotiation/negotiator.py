@@ -16,32 +16,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mpitrain.collectives import Communicator, Handle, Task
-from mpitrain.errors import (
-    CollectiveError,
-    CollectiveMismatchError,
-    CommError,
-    CommTimeoutError,
-    MpitrainError,
-    RankFailedError,
-)
+from mpitrain.errors import CommError
 from mpitrain.memory import DTYPES, copy_of, flat_view
 from mpitrain.negotiation.announcement import Announcement, Decision, Tensor
 from mpitrain.negotiation.coordinator import Coordinator
 from mpitrain.negotiation.execution import Entry, Results, run_decision
+from mpitrain.negotiation.failures import as_collective_error, error_of, error_of_closing
 from mpitrain.negotiation.joining import JOIN, STEP, Steps, neutral_announcement, neutral_arrays
+from mpitrain.negotiation.refusals import Refusals
 from mpitrain.negotiation.stalls import StallWatch
 
 __all__ = ["Negotiator"]
 
 _COORDINATOR = 0
-_ERRORS: dict[str, type[MpitrainError]] = {
-    "mismatch": CollectiveMismatchError,
-    "absent": CollectiveError,
-    "left": RankFailedError,
-    "timeout": CommTimeoutError,
-    "stalled": CommTimeoutError,
-    "broken": CommError,
-}
 
 
 class Negotiator:
@@ -71,6 +58,7 @@ class Negotiator:
         # Guards what the threads that start operations and the one that serves share: all of the next lines.
         self._names: set[str] = set()
         self._undecided: dict[str, Entry] = {}
+        self._refusals = Refusals()
         self._is_serving = False
         self._closing: Decision | None = None
         self._own_announcements: list[Announcement] = []
@@ -130,6 +118,16 @@ class Negotiator:
         announcement = Announcement(name, collective, tensors, op, root, prescale, postscale, tuple(splits))
         return self._enter(announcement, list(arrays), in_place=in_place)
 
+    def refuse(self, name: str, collective: str, problem: str) -> None:
+        """Say that this rank cannot take part in an operation that others may start; they get an error.
+
+        Nothing is said if an operation of this name is in flight here.
+        """
+        if self.comm.size > 1:
+            # What it raises instead matters more than that the others cannot be told.
+            with contextlib.suppress(ValueError, CommError):
+                self._enter(Announcement(name, collective, problem=problem), [], in_place=False)
+
     def join(self, stand_in: Callable[[Callable[[], None]], None]) -> Handle[Results]:
         """Say that this rank has run out of data: until all ranks have joined it takes part with what changes nothing.
 
@@ -155,7 +153,7 @@ class Negotiator:
         entry = Entry(announcement, arrays, in_place, handle, time.monotonic())
         with self._lock:
             if self._closing is not None:
-                handle.reject(_error_of_closing(name, self._closing))
+                handle.reject(error_of_closing(name, self._closing))
                 return handle
             if self._stand_in is not None and collective != JOIN:
                 raise ValueError(f"{name}: cannot be started on a rank that has joined; wait until join has returned")
@@ -164,14 +162,22 @@ class Negotiator:
                     "Requested to allreduce, allgather, or broadcast a tensor with the same name as another "
                     f"tensor that is currently being processed: {name!r}; wait for that one, or pass another name"
                 )
-            self._announce(announcement)
-            self._names.add(name)
-            self._undecided[name] = entry
+            if not self._refusals.put_behind(entry):
+                self._submit(entry)
+            if not announcement.problem:
+                self._names.add(name)
             must_serve = not self._is_serving
             self._is_serving = True
         if must_serve:
             self.comm.engine.start(self._serve(), "negotiation")
         return handle
+
+    def _submit(self, entry: Entry) -> None:
+        self._announce(entry.announcement)
+        if entry.announcement.problem:
+            self._refusals.put(entry)
+        else:
+            self._undecided[entry.announcement.name] = entry
 
     def next_name(self) -> str:
         """Return a name for an operation that the caller has not named.
@@ -230,7 +236,7 @@ class Negotiator:
             while True:
                 moved = self._coordinate() if self._coordinator is not None else self._obey()
                 with self._lock:
-                    is_waiting = bool(self._undecided)
+                    is_waiting = bool(self._undecided) or self._refusals.keep_waiting
                     if not is_waiting and not moved:
                         self._is_serving = False
                         return
@@ -298,7 +304,7 @@ class Negotiator:
             if not entries:
                 continue  # an error of what this rank never started, or has given up
             if decision.error:
-                self._fail(entries, _ERRORS[decision.reason](decision.error))
+                self._fail(entries, error_of(decision))
                 continue
             collective = entries[0].announcement.collective
             if collective == JOIN:
@@ -316,14 +322,14 @@ class Negotiator:
             except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  (the handles have it)
                 # The others may have started what this rank could not: their collectives match no longer.
                 self.comm.revoke(f"{decision.names[0]}: {type(error).__name__}: {error}")
-                self._fail(entries, _as_collective_error(error))
+                self._fail(entries, as_collective_error(error))
                 continue
             self.comm.engine.start(self._finish(task, entries), ", ".join(decision.names))
 
     def _entries_of(self, decision: Decision) -> list[Entry]:
         """Take the operations of a decision out of those that wait for one."""
         with self._lock:
-            entries = [self._undecided.pop(name) for name in decision.names if name in self._undecided]
+            entries = [entry for name in decision.names if (entry := self._take(name))]
             stand_in = self._stand_in
         if entries or stand_in is None or self.comm.rank not in decision.absent:
             return entries
@@ -334,6 +340,12 @@ class Negotiator:
         now_s = time.monotonic()
         absent = [neutral_announcement(announcement) for announcement in decision.announced]
         return [Entry(each, neutral_arrays(each), True, self.comm.engine.promise(each.name), now_s) for each in absent]
+
+    def _take(self, name: str) -> Entry | None:
+        was_refused, following = self._refusals.decided(name)
+        if following is not None:
+            self._submit(following)
+        return None if was_refused else self._undecided.pop(name, None)
 
     def _end_join(self) -> None:
         self.steps.note_absent(())
@@ -346,7 +358,7 @@ class Negotiator:
         try:
             results = yield from task
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  (the handles have it)
-            self._fail(entries, _as_collective_error(error))
+            self._fail(entries, as_collective_error(error))
             return
         self._forget(entries)
         for entry, result in zip(entries, results, strict=True):
@@ -367,22 +379,13 @@ class Negotiator:
         with self._lock:
             is_first = self._closing is None
             self._closing = self._closing or closing
-            entries = list(self._undecided.values())
+            entries = [*self._undecided.values(), *self._refusals.clear()]
             self._undecided.clear()
         for entry in entries:
-            self._fail([entry], _error_of_closing(entry.announcement.name, closing))
+            self._fail([entry], error_of_closing(entry.announcement.name, closing))
         return is_first
 
 
 def _contiguous(array: Any) -> Any:
     is_contiguous = array.is_contiguous() if hasattr(array, "is_contiguous") else array.flags.c_contiguous
     return array if is_contiguous else copy_of(array)
-
-
-def _error_of_closing(name: str, closing: Decision) -> MpitrainError:
-    return _ERRORS[closing.reason](f"{name}: cannot complete: {closing.closed}")
-
-
-def _as_collective_error(error: BaseException) -> BaseException:
-    is_fit = isinstance(error, (CollectiveError, ValueError, TypeError, KeyboardInterrupt))
-    return error if is_fit else CollectiveError(f"{type(error).__name__}: {error}")

@@ -37,7 +37,7 @@ def broadcast_async(
 ) -> int:
     """Start a `broadcast`; returns a handle."""
     operation = Operation("broadcast", name, process_set)
-    return operation.start([tensor], only_result, root=root_of(root_rank, process_set))
+    return operation.start([tensor], only_result, root=_checked_root(operation, root_rank, process_set))
 
 
 def broadcast_async_(
@@ -45,7 +45,8 @@ def broadcast_async_(
 ) -> int:
     """Start a `broadcast_`; returns a handle."""
     operation = Operation("broadcast", name, process_set)
-    return operation.start([tensor], only_result, root=root_of(root_rank, process_set), in_place=True)
+    root = _checked_root(operation, root_rank, process_set)
+    return operation.start([tensor], only_result, root=root, in_place=True)
 
 
 def broadcast(
@@ -64,7 +65,7 @@ def broadcast(
         ValueError: Root out of range, bad argument, or a name in flight.
     """
     operation = Operation("broadcast", name, process_set)
-    root = root_of(root_rank, process_set)
+    root = _checked_root(operation, root_rank, process_set)
 
     def run() -> tuple[Sequence[Tensor], PullBack]:
         return synchronize(operation.start([tensor], list, root=root)), pull_back
@@ -146,7 +147,8 @@ def _start_alltoall(
     splits: Tensor | Sequence[int] | None,
     finish: Callable[[list[tuple[Tensor, Tensor]]], Any],
 ) -> int:
-    rows = _split_rows(tensor, splits, operation.negotiator.comm.size)
+    with operation.checked():
+        rows = _split_rows(tensor, splits, operation.negotiator.comm.size)
     device = splits.device if isinstance(splits, torch.Tensor) else None
 
     def with_splits(pairs: list[tuple[Tensor, list[int]]]) -> Any:
@@ -180,6 +182,11 @@ def _split_rows(tensor: Tensor, splits: Tensor | Sequence[int] | None, size: int
             f"got {rows} for {tensor.shape[0]} rows"
         )
     return rows
+
+
+def _checked_root(operation: Operation, root_rank: int, process_set: ProcessSet) -> int:
+    with operation.checked():
+        return root_of(root_rank, process_set)
 
 
 def root_of(root_rank: int, process_set: ProcessSet) -> int:

@@ -109,8 +109,9 @@ class _How(NamedTuple):
 
 
 def _start(operation: Operation, tensors: Sequence[Tensor], how: _How, finish: Callable[[list[Any]], Any]) -> int:
-    if how.op is ReduceOp.ADASUM:
-        raise ValueError("Reducescatter does not support Adasum, which combines whole tensors; use allreduce")
-    if any(tensor.dim() == 0 for tensor in tensors):
-        raise ValueError("Reducescatter does not support scalar inputs, got shape (); reshape the tensor")
+    with operation.checked():
+        if how.op is ReduceOp.ADASUM:
+            raise ValueError("Reducescatter does not support Adasum, which combines whole tensors; use allreduce")
+        if any(tensor.dim() == 0 for tensor in tensors):
+            raise ValueError("Reducescatter does not support scalar inputs, got shape (); reshape the tensor")
     return operation.start(tensors, finish, op=how.op.name.lower(), prescale=how.prescale, postscale=how.postscale)

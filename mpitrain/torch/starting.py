@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
+from mpitrain.errors import MpitrainError
 from mpitrain.memory import check_op, dtype_of_torch, parse_op
 from mpitrain.torch.handles import register
 from mpitrain.torch.world import ProcessSet, negotiator_of
@@ -70,20 +72,32 @@ class Operation:
             TypeError: Not a tensor.
             RuntimeError: Tensors on different devices.
         """
-        for tensor in tensors:
-            _check(tensor, self.collective, details)
-        if len({tensor.device for tensor in tensors}) > 1:
-            devices = sorted({str(tensor.device) for tensor in tensors})
-            raise RuntimeError(f"Tensors in list must be on same device, got {', '.join(devices)}; move them")
-        inputs = [tensor.detach() for tensor in tensors]
-        if in_place and not all(tensor.is_contiguous() for tensor in inputs):
-            # The result is made in a contiguous copy and written back.
-            finish = functools.partial(_write_back, list(tensors), finish)
-            inputs = [tensor.contiguous() for tensor in inputs]
-        elif in_place:
-            finish = functools.partial(_return_own, list(tensors), finish)
-        handle = self.negotiator.start(self.name, self.collective, inputs, in_place=in_place, **details)
+        with self.checked():
+            for tensor in tensors:
+                _check(tensor, self.collective, details)
+            if len({tensor.device for tensor in tensors}) > 1:
+                devices = sorted({str(tensor.device) for tensor in tensors})
+                raise RuntimeError(f"Tensors in list must be on same device, got {', '.join(devices)}; move them")
+            inputs = [tensor.detach() for tensor in tensors]
+            if in_place and not all(tensor.is_contiguous() for tensor in inputs):
+                # The result is made in a contiguous copy and written back.
+                finish = functools.partial(_write_back, list(tensors), finish)
+                inputs = [tensor.contiguous() for tensor in inputs]
+            elif in_place:
+                finish = functools.partial(_return_own, list(tensors), finish)
+            handle = self.negotiator.start(self.name, self.collective, inputs, in_place=in_place, **details)
         return register(handle, finish)
+
+    @contextlib.contextmanager
+    def checked(self) -> Iterator[None]:
+        """Check arguments within: if they are unusable, the other ranks get an error as well."""
+        try:
+            yield
+        except MpitrainError:
+            raise
+        except (ValueError, TypeError, RuntimeError) as error:
+            self.negotiator.refuse(self.name, self.collective, f"{type(error).__name__}: {error}")
+            raise
 
 
 def _check(tensor: Tensor, collective: str, details: dict[str, Any]) -> None:

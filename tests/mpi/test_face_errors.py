@@ -121,6 +121,37 @@ def test_tensors_that_cannot_be_communicated():
     assert_usable()
 
 
+UNUSABLE_HERE = {
+    "splits": (lambda: hvd.alltoall(torch.ones(4 * hvd.size()), splits=[5 * is_odd()] * hvd.size()), ValueError),
+    "root": (lambda: hvd.broadcast(torch.ones(2), -int(is_odd())), ValueError),
+    "root in place": (lambda: hvd.broadcast_(torch.ones(2), -int(is_odd()), name="a"), ValueError),
+    "dtype": (lambda: hvd.allreduce(torch.ones(2).to(torch.float8_e5m2 if is_odd() else torch.float32)), ValueError),
+    "scalar": (lambda: hvd.reducescatter(torch.tensor(1.0) if is_odd() else torch.ones(4), name="a"), ValueError),
+    "no tensor": (lambda: hvd.grouped_allreduce([torch.ones(2), 3 if is_odd() else torch.ones(1)]), TypeError),
+    "devices": (
+        lambda: hvd.grouped_allgather([torch.ones(2), torch.ones(2, device="meta" if is_odd() else "cpu")]),
+        RuntimeError,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE_HERE)
+def test_unusable_arguments_of_one_rank_are_an_error_on_every_rank(case):
+    call, error = UNUSABLE_HERE[case]
+    for _ in range(2):
+        if is_odd():
+            with pytest.raises(error) as caught:
+                call()
+            assert not isinstance(caught.value, hvd.HorovodInternalError)
+        else:
+            with pytest.raises(hvd.HorovodInternalError, match="One rank has unusable arguments") as caught:
+                call()
+            assert f"rank {hvd.size() - 1}: " in str(caught.value)
+            assert f"with unusable arguments: {error.__name__}: " in str(caught.value)
+        # Operations without a name are still matched.
+        assert_usable()
+
+
 @pytest.mark.parametrize("leaver", ["first", "last"])
 def test_shutdown_of_one_rank_ends_the_waiting_of_the_others(leaver):
     is_leaver = hvd.rank() == (0 if leaver == "first" else hvd.size() - 1)

@@ -540,3 +540,67 @@ def test_a_group_with_a_meaningless_member_fails_as_a_whole() -> None:
         assert wait(start(negotiator, "b", [1.0])) == [2.0]
 
     run(2, body)
+
+
+@pytest.mark.parametrize("odd", [0, 1, 2])
+def test_a_refusal_is_an_error_for_those_who_start_the_operation(odd: int) -> None:
+    def body(negotiator: Negotiator) -> str:
+        rank = negotiator.comm.rank
+        if rank != odd:
+            text = str(error_of(start(negotiator, "a", [rank + 1.0])))
+            assert wait(start(negotiator, "a", [rank + 1.0])) == [6.0]
+            return text
+        for _ in range(2):
+            negotiator.refuse("twice", "allreduce", "ValueError: not today")
+        negotiator.refuse("a", "allreduce", "ValueError: not today")
+        # A call that raised counts as one: this is the second, as on the other ranks.
+        assert wait(start(negotiator, "a", [rank + 1.0])) == [6.0]
+        return ""
+
+    texts = run(3, body)
+    assert texts.pop(odd) == ""
+    for text in texts:
+        assert text.startswith("a: One rank has unusable arguments")
+        assert f"\n  rank {odd}: allreduce with unusable arguments: ValueError: not today\n" in f"{text}\n"
+
+
+def test_what_all_refuse_leaves_nothing_behind() -> None:
+    def body(negotiator: Negotiator) -> None:
+        for turn in range(20):
+            negotiator.refuse("a", "allreduce", "ValueError: not today")
+            if turn % 3 == 0:
+                negotiator.refuse("a", "allreduce", "ValueError: nor tomorrow")
+            assert wait(start(negotiator, "a", [1.0])) == [3.0]
+        assert wait(start(negotiator, "b", [1.0])) == [3.0]
+
+    run(3, body)
+
+
+def test_a_refusal_of_a_name_in_flight_says_nothing() -> None:
+    def body(negotiator: Negotiator) -> None:
+        if negotiator.comm.rank == 0:
+            handle = start(negotiator, "a", [1.0])
+            negotiator.refuse("a", "allreduce", "ValueError: not today")
+            refused.set()
+        else:
+            assert refused.wait(WAIT_S)
+            handle = start(negotiator, "a", [1.0])
+        assert wait(handle) == [2.0]
+
+    refused = threading.Event()
+    run(2, body)
+
+
+def test_what_waits_behind_a_refusal_ends_with_the_group() -> None:
+    def body(negotiator: Negotiator) -> None:
+        if negotiator.comm.rank == 1:
+            negotiator.refuse("a", "allreduce", "ValueError: not today")
+            handle = start(negotiator, "a", [1.0])
+            waits.set()
+            assert "rank 0 has gone fishing" in str(error_of(handle))
+        else:
+            assert waits.wait(WAIT_S)
+            negotiator.leave("has gone fishing")
+
+    waits = threading.Event()
+    run(2, body)
