@@ -17,10 +17,9 @@ from mpitrain.collectives.executor import Task
 from mpitrain.collectives.objects import exchange_pickled
 from mpitrain.collectives.peers import PeerWatch
 from mpitrain.collectives.persistent import PersistentPlan
-from mpitrain.collectives.plan import Call, Plan
+from mpitrain.collectives.plan import Call, Plan, empty_plan
 from mpitrain.collectives.progress import Handle, ProgressEngine
 from mpitrain.collectives.quick import QuickAllreduce, QuickCalls
-from mpitrain.collectives.reclaim import Reclaimer
 from mpitrain.collectives.selection import known_algorithms
 from mpitrain.collectives.small import SmallAllreduce
 from mpitrain.collectives.table import Table
@@ -77,10 +76,10 @@ class Communicator(Collectives):
         self.settings = settings or Settings.from_environ()
         check_same_settings(transport, self.settings)
         self.topology = Topology.discover(transport)
-        self.engine = engine or _make_engine(self.settings, self.topology)
+        self.engine = engine or ProgressEngine.for_node(self.settings, self.topology)
         self._context = Context(transport, self.topology, self.settings, table)
         self._watch = PeerWatch(transport, self.settings)
-        self._reclaimer = Reclaimer(transport)
+        self._reclaimer = self._context.reclaimer
         self._quick = QuickCalls()
         # Calls are counted by who makes them, and down again by who ends them, mostly the progress thread.
         self._lock = threading.Lock()
@@ -223,7 +222,7 @@ class Communicator(Collectives):
     def _checked(self, make_plan: Callable[..., Plan[Result]], *arguments: Any, **options: Any) -> Plan[Result]:
         plan = self._try(make_plan, arguments, options, blocking=True)
         if self.settings.check:
-            self._drive(self._call(Plan(plan.description, _nothing), blocking=True, check=True))
+            self._drive(self._call(empty_plan(plan.description), blocking=True, check=True))
         return plan
 
     def _try(
@@ -243,7 +242,7 @@ class Communicator(Collectives):
                 # form, as blocking and asynchronous calls compare what they bring in different ways.
                 description = f"bad argument: {type(error).__name__}: {error}"
                 with contextlib.suppress(CollectiveMismatchError):
-                    self._drive(self._call(Plan(description, _nothing), blocking=blocking, check=True))
+                    self._drive(self._call(empty_plan(description), blocking=blocking, check=True))
             raise
 
     def _call(self, plan: Plan[Result], *, blocking: bool, check: bool) -> Task[Result]:
@@ -339,6 +338,19 @@ class Communicator(Collectives):
             watch_exit(made)
         return made
 
+    def free_with(self, owner: object, free: Callable[[], None]) -> None:
+        """Have `free`, which must not refer to it, called after `owner` is dead on all ranks. Every rank must call."""
+        self._reclaimer.register(owner, free)
+
+    def adopt(self, other: Communicator) -> None:
+        """Free another communicator of the same ranks, and what was made from it, when nobody refers to it any more.
+
+        Every rank must call, with nothing in flight on the other one, which cannot be used any more.
+        """
+        self._reclaimer.adopt(other._reclaimer)
+        self._reclaimer.register(other, other._context.free)
+        self._reclaimer.reclaim()
+
     def revoke(self, reason: str) -> None:
         """Give the communicator up: operations of all ranks on it raise `CommRevokedError`."""
         self._watch.revoke(reason)
@@ -381,18 +393,4 @@ class Communicator(Collectives):
 
 def _plan_root(context: Context, subject: str, root: int) -> Plan[None]:
     context.check_root(subject, root)
-    return Plan(f"{subject} from root {root}", _nothing)
-
-
-def _nothing(_call: Call) -> Task[Any]:
-    return None
-    yield
-
-
-def _make_engine(settings: Settings, topology: Topology) -> ProgressEngine:
-    # The thread that waits needs the rank's own core; a progress thread that polls needs a second one.
-    by_itself = settings.wait == "auto"
-    return ProgressEngine(
-        spin_waiting=topology.cores_per_rank >= 1 if by_itself else settings.wait == "spin",
-        spin_background=topology.cores_per_rank >= 2 if by_itself else settings.wait == "spin",
-    )
+    return empty_plan(f"{subject} from root {root}")

@@ -19,6 +19,7 @@ from mpitrain.collectives.layout import Layout
 from mpitrain.collectives.node import make_node
 from mpitrain.collectives.plan import Call
 from mpitrain.collectives.program import Program, compile_program
+from mpitrain.collectives.reclaim import Reclaimer
 from mpitrain.collectives.reduction import Reduction
 from mpitrain.collectives.selection import DIRECT, HIERARCHICAL, Available, choose_num_segments
 from mpitrain.collectives.table import Shape, Table
@@ -78,6 +79,8 @@ class Context:
         self.size = transport.size
         self.scratch = ScratchPool()
         self._is_freed = False
+        # Of what hangs on the communicator.
+        self.reclaimer = Reclaimer(transport)
         # MPI matches the library's own collectives by the order in which they start.
         self.native_order = CallOrder()
         # One operation at a time uses the node's staging memory.
@@ -220,6 +223,7 @@ class Context:
         if self._is_freed:
             return
         self._is_freed = True
+        self.reclaimer.reclaim()
         if self.across is not None:
             self.across.free()
         if self.node is not None:

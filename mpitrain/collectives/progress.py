@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
 from mpitrain.collectives.executor import Task
-from mpitrain.comm import Backoff
+from mpitrain.comm import Backoff, Topology
+from mpitrain.config import Settings
 from mpitrain.errors import CommTimeoutError
 from mpitrain.observe import CommunicationClock, CommunicationCounters, Traffic
 
@@ -126,6 +127,16 @@ class ProgressEngine:
         self._next_period_s = 0.0
         self.is_closed = False
         self._thread: threading.Thread | None = None
+
+    @classmethod
+    def for_node(cls, settings: Settings, topology: Topology) -> ProgressEngine:
+        """Return an engine that polls where the node has the cores for it, unless the settings say something else."""
+        # The thread that waits needs the rank's own core; a progress thread that polls needs a second one.
+        by_itself = settings.wait == "auto"
+        return cls(
+            spin_waiting=topology.cores_per_rank >= 1 if by_itself else settings.wait == "spin",
+            spin_background=topology.cores_per_rank >= 2 if by_itself else settings.wait == "spin",
+        )
 
     def start(self, task: Task[Result], description: str = "") -> Handle[Result]:
         """Start a task: its first step runs here and now, the others as messages arrive."""
@@ -274,6 +285,11 @@ class ProgressEngine:
         self.close()
         for running in self._active:
             running.task.close()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is in flight."""
+        return not self._active
 
     def has_background_work(self) -> bool:
         """Whether operations are in flight that no waiting thread advances."""

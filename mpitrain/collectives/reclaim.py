@@ -10,10 +10,18 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable
+from typing import NamedTuple
 
 from mpitrain.comm import Transport
 
 __all__ = ["Reclaimer"]
+
+
+class _Registry(NamedTuple):
+    """What is to be freed, by number, and the numbers of what is dead on this rank."""
+
+    free: dict[int, Callable[[], None]]
+    dead: set[int]
 
 
 class Reclaimer:
@@ -26,8 +34,13 @@ class Reclaimer:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self._numbers = itertools.count()
-        self._free: dict[int, Callable[[], None]] = {}
-        self._dead: set[int] = set()
+        self._own = _Registry({}, set())
+        # Its own and what it has adopted, the same on all ranks.
+        self._registries = [self._own]
+
+    def __len__(self) -> int:
+        """Return how much is not freed yet."""
+        return sum(len(registry.free) for registry in self._registries)
 
     def register(self, owner: object, free: Callable[[], None]) -> None:
         """Have `free` called once `owner` is dead on all ranks; every rank must register, in the same order.
@@ -35,19 +48,35 @@ class Reclaimer:
         `free` must not refer to the owner, and may be called after an explicit call of its own.
         """
         number = next(self._numbers)
-        self._free[number] = free
-        weakref.finalize(owner, self._dead.add, number).atexit = False
+        self._own.free[number] = free
+        weakref.finalize(owner, self._own.dead.add, number).atexit = False
 
     def register_nothing(self) -> None:
         """Take part in a registration that concerns other ranks only."""
-        self._dead.add(number := next(self._numbers))
-        self._free[number] = lambda: None
+        self._own.dead.add(number := next(self._numbers))
+        self._own.free[number] = lambda: None
+
+    def adopt(self, other: Reclaimer) -> None:
+        """Free also what hangs on another communicator of the same ranks, which has no occasions of its own any more.
+
+        Every rank must call.
+        """
+        self._registries += other.hand_over()
+
+    def hand_over(self) -> list[_Registry]:
+        """Return what is not freed yet, for another to do it."""
+        registries, self._own = self._registries, _Registry({}, set())
+        self._registries = [self._own]
+        return registries
 
     def reclaim(self) -> None:
         """Free what is dead on all ranks. Every rank must call, where it may block."""
-        if not self._free:
+        registries = [registry for registry in self._registries if registry.free]
+        if not registries:
             return
-        everybodys = self._transport.gather_everywhere(frozenset(self._dead))
-        for number in sorted(frozenset.intersection(*everybodys)):
-            self._dead.discard(number)
-            self._free.pop(number)()
+        everybodys = self._transport.gather_everywhere([frozenset(registry.dead) for registry in registries])
+        for index, registry in enumerate(registries):
+            for number in sorted(frozenset.intersection(*(dead[index] for dead in everybodys))):
+                registry.dead.discard(number)
+                registry.free.pop(number)()
+        self._registries = [self._own, *(each for each in self._registries if each is not self._own and each.free)]

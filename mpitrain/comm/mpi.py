@@ -156,8 +156,10 @@ class MPITransport(Transport):
         MPI.COMM_WORLD.Abort(1)
 
     def free(self) -> None:
-        if MPI.Is_finalized():
+        if MPI.Is_finalized() or self._data == MPI.COMM_NULL:
             return
+        # News that came too late for anybody would stay with the MPI library.
+        self.notices()
         with translated_errors("free"):
             MPI.Request.Waitall(self._outgoing)
             self._outgoing = []

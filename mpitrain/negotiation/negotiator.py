@@ -50,6 +50,7 @@ class Negotiator:
         self.comm = comm.duplicate(comm.settings.replace(check=False))
         self.settings = comm.settings
         self._control = comm.transport.duplicate()
+        comm.free_with(self, self._control.free)
         self._coordinator: Coordinator | None = None
         if comm.rank == _COORDINATOR:
             itemsizes = {name: dtype.itemsize for name, dtype in DTYPES.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -149,7 +150,25 @@ class World:
         self.comm = comm
         self.process_sets: dict[int, ProcessSet] = {}
         self.ids = itertools.count()
+        # What all ranks know this world by.
+        self.identity = ""
         self.register(global_process_set, list(range(comm.size)), comm)
+
+    def succeed(self, predecessor: World | None) -> None:
+        """Give back what the world before has left: MPI frees with all ranks only, and `shutdown` waits for nobody.
+
+        Every rank must call, if it has a predecessor or not.
+        """
+        identity = ""
+        if predecessor is not None and predecessor.comm.size == self.comm.size:
+            # What has its result may have a last step to make.
+            predecessor.comm.engine.advance_all()
+            identity = predecessor.identity if predecessor.comm.engine.is_idle else ""
+        everybodys = self.comm.allgather_obj((uuid.uuid4().hex, identity))
+        self.identity = everybodys[0][0]
+        # A world of other ranks, or with operations that were given up, stays as it is until the process ends.
+        if predecessor is not None and identity and all(theirs == identity for _, theirs in everybodys):
+            self.comm.adopt(predecessor.comm)
 
     def add(self, process_sets: Sequence[ProcessSet]) -> None:
         """Agree on process sets with all ranks, and make them usable one after another."""

@@ -18,6 +18,7 @@ each one, but only while somebody has joined; see `mpitrain.negotiation.joining`
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Sequence
 from itertools import zip_longest
 
@@ -26,6 +27,7 @@ import torch
 from mpitrain.collectives import Communicator
 from mpitrain.errors import CollectiveMismatchError
 from mpitrain.memory import SharedArray, as_dtype
+from mpitrain.negotiation import Negotiator
 from mpitrain.torch.arguments import Reduction
 from mpitrain.torch.buckets import bucket_layout
 from mpitrain.torch.named_gradients import NamedGradients
@@ -55,13 +57,13 @@ class GradientReducer(BackwardPasses):
         self, parameters: Sequence[tuple[str, Tensor]], group: Communicator, reduction: Reduction, passes: int
     ) -> None:
         super().__init__(parameters, passes)
-        self._group = group
+        # An optimizer that is not used any more does not keep the world of its group.
+        negotiator = negotiator_of(reduction.process_set, "DistributedOptimizer")
+        self._negotiator_ref = weakref.ref(negotiator)
+        self._number = negotiator.steps.register(self.stand_in)
         self._reduction = reduction
         self._before, self._after = reduction.factors(group.size)
         self._comm: Communicator | None = None
-        self._negotiator = negotiator_of(reduction.process_set, "DistributedOptimizer")
-        self._steps = self._negotiator.steps
-        self._number = self._steps.register(self.stand_in)
         self._is_standing_in = False
         self._named = NamedGradients(reduction)
         self._buckets: list[Bucket] = []
@@ -72,6 +74,16 @@ class GradientReducer(BackwardPasses):
         # Those whose gradients have come in a step whose order is to be learned; None once it is known.
         self._arrivals: list[int] | None = []
         group.before_leaving(self.leave)
+
+    @property
+    def _negotiator(self) -> Negotiator:
+        negotiator = self._negotiator_ref()
+        assert negotiator is not None
+        return negotiator
+
+    @property
+    def _group(self) -> Communicator:
+        return self._negotiator.group
 
     def synchronize(self) -> None:
         """Wait until all gradients are reduced; afterwards every parameter has its gradient.
@@ -84,7 +96,7 @@ class GradientReducer(BackwardPasses):
             RuntimeError: The parameters belong to another reducer.
         """
         self.check_alive()
-        with self._steps.entered(self._number):
+        with self._negotiator.steps.entered(self._number):
             self._synchronize()
 
     def stand_in(self) -> None:
@@ -117,9 +129,9 @@ class GradientReducer(BackwardPasses):
         Raises:
             RuntimeError: Ranks have joined, which cannot know of new parameters; on all others.
         """
-        if self._steps.absent:
+        if self._negotiator.steps.absent:
             raise RuntimeError(
-                f"optimizer: cannot take on parameters while ranks {list(self._steps.absent)} have joined; "
+                f"optimizer: cannot take on parameters while ranks {list(self._negotiator.steps.absent)} have joined; "
                 "add or unfreeze them in a step that all ranks make"
             )
         added = self._add([pair for pair in parameters if pair[1] not in self._slot_of])
@@ -132,9 +144,10 @@ class GradientReducer(BackwardPasses):
     def leave(self, reason: str) -> None:
         """Tell the others that no more gradients come from this rank, and let go of the parameters."""
         self.retire(f"this rank {reason}")
-        if self._comm is not None:
-            self._comm.leave(reason)
-            self._comm = None
+        comm, self._comm, self._memory = self._comm, None, None
+        self._buckets.clear()
+        if comm is not None:
+            comm.leave(reason)
 
     # What the first step settles
 

@@ -43,6 +43,7 @@ _log = logging.getLogger("mpitrain")
 
 
 _world: World | None = None
+_predecessor: World | None = None
 _last_init: Callable[[], None] | None = None
 
 
@@ -67,7 +68,7 @@ def init(
         ValueError: Unusable ranks or process sets, or an environment variable of the settings with an unusable value.
         UnavailableError: MPI lacks the thread level that the progress thread needs.
     """
-    global _world, _last_init  # noqa: PLW0603  (the one default communicator of the process)
+    global _world, _predecessor, _last_init  # noqa: PLW0603  (the one default communicator of the process)
     if _world is not None:
         return
     sets = [] if process_sets is None or process_sets == "dynamic" else process_sets
@@ -76,6 +77,8 @@ def init(
     made = [_as_process_set(process_set) for process_set in sets]
     _last_init = functools.partial(init, comm, made, settings=settings)
     _world = World(Communicator.from_mpi(comm, settings=settings))
+    _world.succeed(_predecessor)
+    _predecessor = None
     global_process_set.mpi_comm = None if comm is None or isinstance(comm, Sequence) else comm
     try:
         _world.add(made)
@@ -109,7 +112,7 @@ def shutdown() -> None:
 
     Returns at once; `init` may be called again, by all ranks.
     """
-    global _world  # noqa: PLW0603  (the one default communicator of the process)
+    global _world, _predecessor
     if _world is None:
         return
     for process_set in list(_world.process_sets.values()):
@@ -119,7 +122,7 @@ def shutdown() -> None:
         _world.forget(process_set)
     global_process_set.ranks = global_process_set.mpi_comm = None
     _world.comm.engine.close()
-    _world = None
+    _predecessor, _world = _world, None
 
 
 def is_initialized() -> bool:

@@ -9,7 +9,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from mpi4py import MPI  # noqa: E402
+
 import mpitrain.torch as hvd  # noqa: E402
+from mpitrain.comm import mpi  # noqa: E402
 from tests.support.training import (  # noqa: E402
     Net,
     assert_follows,
@@ -123,7 +126,7 @@ def test_a_dropped_optimizer_leaves_plain_parameters():
 def test_dropped_optimizers_give_back_memory_and_communicators():
     gc.collect()
     reclaimer = hvd.global_process_set.negotiator.group._reclaimer
-    before = len(reclaimer._free)
+    before = len(reclaimer)
     gc.disable()  # nothing of an optimizer may be left to it
     try:
         for _ in range(20):
@@ -133,7 +136,7 @@ def test_dropped_optimizers_give_back_memory_and_communicators():
                 parameter.sum().backward()
                 optimizer.step()
         # This one and its predecessor, which was still there when this one was made: a communicator and memory each.
-        assert len(reclaimer._free) <= before + 4
+        assert len(reclaimer) <= before + 4
         views = weakref.WeakSet(slot.view for slot in optimizer._reducer._slots)
         del optimizer, parameter
         assert len(views) == 0
@@ -179,3 +182,41 @@ def test_a_process_may_wrap_its_optimizer_while_the_others_are_elsewhere():
     if hvd.rank():
         optimizer = hvd.DistributedOptimizer(sgd(Net().parameters()))
     optimizer.step()
+
+
+@needs_peers
+def test_shutdown_and_init_give_back_communicators_and_memory(monkeypatch):
+    communicators, windows, released = [], [], []
+    duplicate, allocate = mpi._duplicate, mpi.allocate_window
+
+    def noted_duplicate(comm):
+        communicators.append(duplicate(comm))
+        return communicators[-1]
+
+    def noted_window(comm, nbytes):
+        block = allocate(comm, nbytes)
+        windows.append(block.release)
+        release = block.release
+        block.release = lambda: (released.append(release), release())
+        return block
+
+    monkeypatch.setattr(mpi, "_duplicate", noted_duplicate)
+    monkeypatch.setattr(mpi, "allocate_window", noted_window)
+    model, optimizer, _, _ = pair()
+    living = []
+    for cycle in range(6):
+        for step in range(2):
+            optimizer.zero_grad()
+            loss_of(model, step, shard).backward()
+            optimizer.step()
+        members = hvd.add_process_set([0])
+        if cycle % 2:
+            hvd.remove_process_set(members)
+        hvd.allreduce(torch.ones(3))
+        hvd.shutdown()
+        hvd.init()
+        gc.collect()
+        living.append((sum(comm != MPI.COMM_NULL for comm in communicators), len(windows) - len(released)))
+    # What the last two worlds have may still be needed, by gradients for example; what was before is gone.
+    assert living[-1] == living[-3], living
+    assert living[-2] == living[-4], living
