@@ -3,11 +3,8 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import json
-import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import rich.console
@@ -17,41 +14,17 @@ from mpitrain.cli import console, tune_tables
 from mpitrain.cli.tuning import COLLECTIVES, Measurement
 from mpitrain.collectives.table import Key, Shape, Table
 from mpitrain.schedules import ALGORITHMS
+from tests.support.jobs import needs_mpirun, run_python
 
 pytestmark = pytest.mark.timeout(60)
 
-REPOSITORY = Path(__file__).parents[3]
 LIMIT_S = 50
-MPIRUN = shutil.which("mpirun", path=str(Path(sys.executable).parent)) or shutil.which("mpirun")
 PAIR = Shape(1, 2, 2, 2)
-
-needs_mpirun = pytest.mark.skipif(MPIRUN is None, reason="needs an mpirun beside Python or in PATH")
 
 
 def start(*arguments: object, size: int = 1, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run the command on so many ranks; on one without mpirun."""
-    launched = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPITRAIN_")
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(launched)}
-    environ |= {
-        "OMP_NUM_THREADS": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "OMPI_MCA_osc": "^ucx",
-        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-        "PRTE_MCA_hwloc_default_binding_policy": "none",
-        "PYTHONPATH": str(REPOSITORY),
-        **variables,
-    }
-    launcher = [] if size == 1 else [str(MPIRUN), "-np", str(size)]
-    return subprocess.run(
-        [*launcher, sys.executable, "-m", "mpitrain", *map(str, arguments)],
-        env=environ,
-        timeout=LIMIT_S,
-        capture_output=True,
-        text=True,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
+    return run_python("-m", "mpitrain", *arguments, size=size, **variables)
 
 
 def messages_of(done: subprocess.CompletedProcess[str]) -> list[str]:

@@ -2,48 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support.jobs import needs_mpirun, run_python
+
 pytest.importorskip("torch")
 pytest.importorskip("sklearn")
 
-ROOT = Path(__file__).parents[3]
-EXAMPLES = ROOT / "examples" / "horovod"
-MPIRUN = shutil.which("mpirun", path=str(Path(sys.executable).parent)) or shutil.which("mpirun")
-LIMIT_S = 60
+EXAMPLES = Path(__file__).parents[3] / "examples" / "horovod"
 
-pytestmark = pytest.mark.skipif(MPIRUN is None, reason="needs an mpirun beside Python or in PATH")
+pytestmark = needs_mpirun
 
 
 def run(script: str, *arguments: object, folder: Path) -> str:
     """Run a script that must end well on two ranks; return what they have printed."""
-    launched = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPITRAIN_", "HOROVOD_")
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(launched)}
-    environ |= {
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-        "PRTE_MCA_hwloc_default_binding_policy": "none",
-    }
-    done = subprocess.run(
-        [str(MPIRUN), "-np", "2", sys.executable, "-m", "mpitrain.horovod", EXAMPLES / script, *map(str, arguments)],
-        cwd=folder,
-        env=environ,
-        timeout=LIMIT_S,
-        capture_output=True,
-        text=True,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
+    done = run_python("-m", "mpitrain.horovod", EXAMPLES / script, *arguments, size=2, folder=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

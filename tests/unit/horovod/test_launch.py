@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
-MPIRUN = shutil.which("mpirun", path=str(Path(sys.executable).parent)) or shutil.which("mpirun")
-LIMIT_S = 60
-
-needs_mpirun = pytest.mark.skipif(MPIRUN is None, reason="needs an mpirun beside Python or in PATH")
+from tests.support.jobs import needs_mpirun, run_python
 
 PROBE = """
 import sys
@@ -26,32 +19,6 @@ print(__spec__ and (__spec__.name, __spec__.origin), type(__loader__), __builtin
 # The annotations of a module are made when they are first asked for, since Python 3.14.
 print(sorted(vars(main).keys() - {"__annotations__"}))
 """
-
-
-def run(
-    folder: Path, *arguments: object, launcher: tuple[object, ...] = (), **more: str
-) -> subprocess.CompletedProcess[str]:
-    launched = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPITRAIN_", "PYTHONPATH", "PYTHONSAFEPATH")
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(launched)}
-    environ |= {
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "OMPI_MCA_osc": "^ucx",
-        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-        **more,
-    }
-    return subprocess.run(
-        [*map(str, launcher), sys.executable, *map(str, arguments)],
-        cwd=folder,
-        env=environ,
-        timeout=LIMIT_S,
-        capture_output=True,
-        text=True,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
 
 
 @pytest.fixture
@@ -77,9 +44,9 @@ def folder(tmp_path: Path) -> Path:
     ids=["script with arguments", "link", "module", "module of a package", "code"],
 )
 def test_a_program_finds_what_python_gives_it(folder: Path, program: list[str]) -> None:
-    plain = run(folder, *program)
+    plain = run_python(*program, folder=folder)
     assert plain.returncode == 0, plain.stderr
-    ours = run(folder, "-m", "mpitrain.horovod", *program)
+    ours = run_python("-m", "mpitrain.horovod", *program, folder=folder)
     assert ours.returncode == 0, ours.stderr
     assert ours.stdout == plain.stdout
 
@@ -87,7 +54,7 @@ def test_a_program_finds_what_python_gives_it(folder: Path, program: list[str]) 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="python -P is new in Python 3.11")
 def test_a_safe_path_stays_safe(folder: Path) -> None:
     program = "import sys, horovod; print(sys.path[1:])"
-    done = run(folder, "-P", "-m", "mpitrain.horovod", "-c", program)
+    done = run_python("-P", "-m", "mpitrain.horovod", "-c", program, folder=folder)
     assert done.returncode == 0, done.stderr
     assert str(folder) not in done.stdout
 
@@ -106,13 +73,13 @@ ENDINGS = {
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_a_program_ends_as_under_python(tmp_path: Path, ending: str) -> None:
     (tmp_path / "ending.py").write_text(ENDINGS[ending])
-    plain = run(tmp_path, "ending.py")
-    ours = run(tmp_path, "-m", "mpitrain.horovod", "ending.py")
+    plain = run_python("ending.py", folder=tmp_path)
+    ours = run_python("-m", "mpitrain.horovod", "ending.py", folder=tmp_path)
     assert (ours.returncode, ours.stdout, ours.stderr) == (plain.returncode, plain.stdout, plain.stderr)
 
 
 def test_an_interrupt_ends_as_under_python(tmp_path: Path) -> None:
-    done = run(tmp_path, "-m", "mpitrain.horovod", "-c", "raise KeyboardInterrupt")
+    done = run_python("-m", "mpitrain.horovod", "-c", "raise KeyboardInterrupt", folder=tmp_path)
     assert done.returncode == -signal.SIGINT
     assert "KeyboardInterrupt" in done.stderr
 
@@ -129,7 +96,7 @@ def test_an_interrupt_ends_as_under_python(tmp_path: Path) -> None:
     ],
 )
 def test_a_command_line_that_names_no_program(tmp_path: Path, arguments: list[str], status: int, words: str) -> None:
-    done = run(tmp_path, "-m", "mpitrain.horovod", *arguments)
+    done = run_python("-m", "mpitrain.horovod", *arguments, folder=tmp_path)
     assert done.returncode == status
     assert words.format(folder=tmp_path) in done.stderr
     assert done.stderr.startswith("usage: mpirun -np N python -m mpitrain.horovod")
@@ -137,7 +104,7 @@ def test_a_command_line_that_names_no_program(tmp_path: Path, arguments: list[st
 
 
 def test_help(tmp_path: Path) -> None:
-    done = run(tmp_path, "-m", "mpitrain.horovod", "--help")
+    done = run_python("-m", "mpitrain.horovod", "--help", folder=tmp_path)
     assert done.returncode == 0
     assert "SCRIPT | -m MODULE | -c CODE" in done.stdout
 
@@ -154,6 +121,6 @@ def test_a_rank_that_fails_ends_all_ranks_whatever_they_wait_for(tmp_path: Path,
         "hvd.init()\n"
         "MPI.COMM_WORLD.Recv(bytearray(1), source=1)\n"
     )
-    done = run(tmp_path, "-m", "mpitrain.horovod", "train.py", launcher=(MPIRUN, "-np", 2))
+    done = run_python("-m", "mpitrain.horovod", "train.py", size=2, folder=tmp_path)
     assert done.returncode != 0
     assert ("KeyError: 'batch 17'" in done.stderr) == ("KeyError" in failure)

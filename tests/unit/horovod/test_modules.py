@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +16,7 @@ pytest.importorskip("torch")
 import mpitrain.torch
 from mpitrain.horovod import install
 from mpitrain.horovod.modules import MODULES
-
-ROOT = Path(__file__).parents[3]
+from tests.support.jobs import REPOSITORY, run_python
 
 
 @pytest.fixture(autouse=True)
@@ -128,15 +126,8 @@ def test_an_installed_horovod_is_not_seen_in_the_process_nor_in_workers_of_its_l
     installed.mkdir(parents=True)
     (installed / "__init__.py").write_text("raise AssertionError('the other horovod')")
     (tmp_path / "train.py").write_text(WORKERS)
-    done = subprocess.run(
-        [sys.executable, "-m", "mpitrain.horovod", "train.py"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{installed.parent}", "OMP_NUM_THREADS": "1"},
-        timeout=60,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    path = f"{REPOSITORY}{os.pathsep}{installed.parent}"
+    done = run_python("-m", "mpitrain.horovod", "train.py", folder=tmp_path, PYTHONPATH=path)
     assert done.returncode == 0, done.stderr
     expected = [f"{method} [0.0, 1.0, 4.0, 9.0, 16.0] 0.28.1" for method in ("fork", "spawn", "forkserver")]
     assert done.stdout.splitlines() == expected

@@ -4,47 +4,21 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-SCRIPTS = Path(__file__).parents[3] / "scripts"
-LIMIT_S = 60
-MPIRUN = shutil.which("mpirun", path=str(Path(sys.executable).parent)) or shutil.which("mpirun")
+from tests.support.jobs import needs_mpirun, run_python
 
-needs_mpirun = pytest.mark.skipif(MPIRUN is None, reason="needs an mpirun beside Python or in PATH")
+SCRIPTS = Path(__file__).parents[3] / "scripts"
 
 
 def run(script: str, size: int, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Run a script on so many ranks; on one without mpirun."""
-    # Launchers have more to say to a process that one of them has started.
-    launched = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPITRAIN_")
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(launched)}
-    environ |= {
-        "OMP_NUM_THREADS": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "OMPI_MCA_osc": "^ucx",
-        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-        "PRTE_MCA_hwloc_default_binding_policy": "none",
-    }
-    launcher = [] if size == 1 else [str(MPIRUN), "-np", str(size)]
-    command = [*launcher, sys.executable, str(SCRIPTS / script), *map(str, arguments)]
-    return subprocess.run(
-        command,
-        env=environ,
-        timeout=LIMIT_S,
-        capture_output=True,
-        text=True,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
+    return run_python(SCRIPTS / script, *arguments, size=size)
 
 
 def results_of(folder: Path, script: str, size: int, *arguments: object) -> dict[str, Any]:
