@@ -13,12 +13,12 @@ _FORMAT = "{:>12} {:>11}  {:<26} {:>10} {:>10} {:>10} {:>8} {:>8} {:>7}"
 _COLUMNS = _FORMAT.format("size", "count", "side", "time", "p5", "p95", "algbw", "busbw", "#wrong")
 _UNITS = _FORMAT.format("(B)", "(elements)", "", "(us)", "(us)", "(us)", "(GB/s)", "(GB/s)", "")
 
-_TRAIN_FORMAT = "{:<8} {:<10} {:>6} {:>10} {:>9} {:>9} {:>9} {:>10} {:>9} {:>9} {:>9} {:>6} {:>8}"
+_TRAIN_FORMAT = "{:<8} {:<10} {:>6} {:>10} {:>9} {:>9} {:>9} {:>10} {:>9} {:>9} {:>9} {:>6} {:>8} {:>7}"
 _TRAIN_COLUMNS = (
     *("model", "side", "batch", "samples/s", "step", "p5", "p95", "efficiency", "added", "exposed", "hidden"),
-    *("cores", "memory"),
+    *("cores", "memory", "vs DDP"),
 )
-_TRAIN_UNITS = ("", "", "", "", "(ms)", "(ms)", "(ms)", "", "(ms)", "(ms)", "(ms)", "", "(MiB)")
+_TRAIN_UNITS = ("", "", "", "", "(ms)", "(ms)", "(ms)", "", "(ms)", "(ms)", "(ms)", "", "(MiB)", "")
 
 
 def setup_lines(setup: Setup) -> Iterator[str]:
@@ -68,13 +68,24 @@ def training_heading(run: TrainRun) -> Iterator[str]:
 
 def training_lines(run: TrainRun, rows: Sequence[TrainRow]) -> Iterator[str]:
     """Yield the lines of the sides of one model."""
+    ddp_s = next((row.median_s for row in rows if row.side == "DDP"), None)
     for row in rows:
+        versus = "-" if ddp_s is None else f"{ddp_s / row.median_s:.2f}x"
         step = [_milliseconds(seconds) for seconds in (row.median_s, row.p5_s, row.p95_s)]
         parts = [_milliseconds(seconds) for seconds in (run.added_s(row), row.exposed_s, row.hidden_s)]
         rate = f"{run.samples_per_s(row):.1f}"
         memory = f"{row.memory_nbytes / (1 << 20):.0f}"
         yield _TRAIN_FORMAT.format(
-            row.model, row.side, row.batch, rate, *step, f"{row.efficiency:.1%}", *parts, f"{row.cpu:.2f}", memory
+            row.model,
+            row.side,
+            row.batch,
+            rate,
+            *step,
+            f"{row.efficiency:.1%}",
+            *parts,
+            f"{row.cpu:.2f}",
+            memory,
+            versus,
         )
 
 

@@ -36,6 +36,7 @@ _FIELDS: dict[str, tuple[str, str, float, str]] = {
     "cross_bytes_per_s": ("--cross-bandwidth", "GB/S", 1e9, "Of the link of a node, in each direction."),
     "memory_bytes_per_s": ("--memory", "GB/S", 1e9, "What the ranks of a node reduce in memory that they share."),
 }
+_UNITS = {"US": "us", "GB/S": "GB/s"}
 _ACCEPTABLE_ERROR = 0.25
 _MOST_RANKS = 100_000
 
@@ -125,7 +126,7 @@ def _table_of_values(cluster: Cluster, said: dict[str, float]) -> rich.table.Tab
     table.add_column("")
     for field, (option, unit, factor, text) in _FIELDS.items():
         origin = "as given" if field in said else text
-        table.add_row(option, f"{getattr(cluster, field) / factor:.4g} {unit.lower()}", origin)
+        table.add_row(option, f"{getattr(cluster, field) / factor:.4g} {_UNITS[unit]}", origin)
     return table
 
 

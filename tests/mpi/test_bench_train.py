@@ -42,7 +42,7 @@ def test_steps_are_measured_and_stored(tmp_path_factory, capsys):
     printed = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("gpt")]
     if printed:  # on rank 0
         assert [line[:3] for line in printed] == [[row.model, row.side, "1"] for row in run.rows]
-        assert all(len(line) == 13 for line in printed)
+        assert all(len(line) == 14 for line in printed)
 
 
 @pytest.mark.mpi(min_size=2)

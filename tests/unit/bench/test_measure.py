@@ -6,8 +6,8 @@ import pytest
 
 from mpitrain.bench.measure import Request, measure, sizes_between
 from mpitrain.bench.stopwatch import Effort
-from mpitrain.cli.bench_tables import collective_heading, collective_lines
-from tests.support.bench_results import make_run
+from mpitrain.cli.bench_tables import collective_heading, collective_lines, training_heading, training_lines
+from tests.support.bench_results import make_run, make_train_run
 from tests.support.ranks import run_communicators
 
 pytestmark = pytest.mark.timeout(60)
@@ -110,3 +110,27 @@ def test_table_has_the_columns_of_other_benchmarks():
     assert [line[-1] for line in lines] == ["2.00x", "1.00x", "4.00x"]
     # Columns end where their headings end.
     assert all(len(line) == len(columns) for line in collective_lines(run, run.rows))
+
+
+def test_table_of_training_has_the_figures():
+    run = make_train_run()
+    *_, columns, _ = training_heading(run)
+    lines = [line.split() for line in training_lines(run, run.rows)]
+    ours = dict(zip(columns.replace("vs DDP", "vs_DDP").split(), lines[1], strict=True))
+    assert ours == {
+        "model": "mlp",
+        "side": "mpitrain",
+        "batch": "8",
+        "samples/s": "133.3",
+        "step": "120.00",
+        "p5": "108.00",
+        "p95": "132.00",
+        "efficiency": "83.3%",
+        "added": "10.00",
+        "exposed": "4.00",
+        "hidden": "20.00",
+        "cores": "0.90",
+        "memory": "1",
+        "vs_DDP": "1.25x",
+    }
+    assert [line[9:11] for line in (lines[0], lines[2])] == [["-", "-"]] * 2
