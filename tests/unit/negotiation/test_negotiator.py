@@ -337,20 +337,22 @@ def test_stall_warning_names_operation_and_ranks_again_and_again(
             assert warned_twice.wait(WAIT_S)
         handle = start(negotiator, "late", [1.0])
         deadline_s = time.monotonic() + WAIT_S
-        while negotiator.comm.rank == 2 and len(caplog.records) < 2 and time.monotonic() < deadline_s:
+        while negotiator.comm.rank == 2 and len(expected_lines()) < 2 and time.monotonic() < deadline_s:
             time.sleep(0.01)
         if negotiator.comm.rank == 2:
             warned_twice.set()
         assert wait(handle) == [3.0]
 
+    def expected_lines() -> list[str]:
+        lines = [record.getMessage() for record in caplog.records]
+        assert all(line.startswith("r0/3 | late: waits since ") for line in lines)
+        return [line for line in lines if line.endswith(f" s for ranks [{missing}]; started by ranks {others}")]
+
+    others = [rank for rank in range(3) if rank != missing]
     warned_twice = threading.Event()
     with caplog.at_level(logging.WARNING, "mpitrain"):
         run(3, body, SETTINGS.replace(stall_warning_s=0.1))
-    others = [rank for rank in range(3) if rank != missing]
-    lines = [record.getMessage() for record in caplog.records]
-    assert len(lines) >= 2
-    assert all(line.startswith("r0/3 | late: waits since ") for line in lines)
-    assert all(line.endswith(f" s for ranks [{missing}]; started by ranks {others}") for line in lines)
+    assert len(expected_lines()) >= 2
 
 
 @pytest.mark.parametrize("missing", [0, 2])
@@ -364,10 +366,10 @@ def test_stall_shutdown_ends_everything_on_the_group(missing: int) -> None:
         else:
             error = error_of(start(negotiator, "a", [1.0]))
         assert isinstance(error, CommTimeoutError)
-        assert f"a was not started by ranks [{missing}] within 0.2 s" in str(error)
+        assert f"a was not started by ranks [{missing}] within 1 s" in str(error)
         assert "or raise MPITRAIN_STALL_SHUTDOWN_S" in str(error)
 
-    run(3, body, SETTINGS.replace(stall_shutdown_s=0.2))
+    run(3, body, SETTINGS.replace(stall_shutdown_s=1.0))
 
 
 @pytest.mark.parametrize("failing", [0, 1])
