@@ -135,6 +135,82 @@ def test_average_argument_is_deprecated_and_excludes_op():
         hvd.allreduce(mine, average=True, op=hvd.Sum)
 
 
+def test_the_warning_is_about_the_line_of_the_caller():
+    mine = torch.ones(2)
+    calls = (
+        lambda: hvd.allreduce(mine, average=False),
+        lambda: hvd.allreduce_(mine.clone(), average=False),
+        lambda: hvd.synchronize(hvd.allreduce_async(mine, average=False)),
+        lambda: hvd.synchronize(hvd.allreduce_async_(mine.clone(), average=False)),
+        lambda: hvd.grouped_allreduce([mine], average=False)[0],
+        lambda: hvd.grouped_allreduce_([mine.clone()], average=False)[0],
+        lambda: hvd.synchronize(hvd.grouped_allreduce_async([mine], average=False))[0],
+        lambda: hvd.synchronize(hvd.grouped_allreduce_async_([mine.clone()], average=False))[0],
+    )
+    for call in calls:
+        with pytest.warns(DeprecationWarning, match="`average` has been replaced") as caught:
+            result = call()
+        assert [warning.filename for warning in caught] == [__file__]
+        assert_equal(result, mine * hvd.size())
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_complex_numbers(dtype):
+    size, rank = hvd.size(), hvd.rank()
+    mine = torch.tensor([1 + 2j, -3j], dtype=dtype) * (rank + 1)
+    total = torch.tensor([1 + 2j, -3j], dtype=dtype) * (size * (size + 1) / 2)
+    torch.testing.assert_close(hvd.allreduce(mine, op=hvd.Sum), total)
+    torch.testing.assert_close(hvd.allreduce(mine, op=hvd.Average, prescale_factor=2.0), total * 2 / size)
+    assert torch.equal(
+        hvd.allgather(mine[:1]), torch.tensor([(1 + 2j) * (each + 1) for each in range(size)], dtype=dtype)
+    )
+    assert torch.equal(hvd.broadcast(mine, 0), mine / (rank + 1))
+    with pytest.raises(ValueError, match="max is not defined for this dtype, got complex"):
+        hvd.allreduce(mine, op=hvd.Max)
+
+
+@pytest.mark.mpi(min_size=3)
+def test_every_operation_takes_a_name_factors_and_a_process_set():
+    pair = hvd.add_process_set([0, hvd.size() - 1])
+    if pair.included():
+        mine = torch.tensor([1.0, 2.0]) * (pair.rank() + 1)
+        total = torch.tensor([3.0, 6.0])
+        own = {"name": "a", "process_set": pair}
+        factors = {"op": hvd.Sum, "prescale_factor": 2.0, "postscale_factor": 0.5, **own}
+        for single in (
+            hvd.allreduce(mine, **factors),
+            hvd.allreduce_(mine.clone(), **factors),
+            hvd.synchronize(hvd.allreduce_async(mine, **factors)),
+            hvd.synchronize(hvd.allreduce_async_(mine.clone(), **factors)),
+            *hvd.grouped_allreduce([mine], **factors),
+            *hvd.grouped_allreduce_([mine.clone()], **factors),
+            *hvd.synchronize(hvd.grouped_allreduce_async([mine], **factors)),
+            *hvd.synchronize(hvd.grouped_allreduce_async_([mine.clone()], **factors)),
+            torch.cat(hvd.grouped_allgather([hvd.reducescatter(mine, **factors)], **own)),
+            hvd.allgather(hvd.synchronize(hvd.reducescatter_async(mine, **factors)), **own),
+            hvd.allgather(hvd.grouped_reducescatter([mine], **factors)[0], **own),
+            hvd.allgather(hvd.synchronize(hvd.grouped_reducescatter_async([mine], **factors))[0], **own),
+        ):
+            assert_equal(single, total)
+        last = hvd.size() - 1
+        for copied in (
+            hvd.broadcast(mine, last, **own),
+            hvd.broadcast_(mine.clone(), root_rank=last, **own),
+            hvd.synchronize(hvd.broadcast_async(mine, last, **own)),
+            hvd.synchronize(hvd.broadcast_async_(mine.clone(), last, **own)),
+        ):
+            assert_equal(copied, torch.tensor([2.0, 4.0]))
+        everything = torch.tensor([1.0, 2.0, 2.0, 4.0])
+        assert_equal(hvd.synchronize(hvd.allgather_async(mine, **own)), everything)
+        assert_equal(hvd.synchronize(hvd.grouped_allgather_async([mine], **own))[0], everything)
+        assert_equal(hvd.alltoall(mine, **own), everything[pair.rank() :: 2])
+        output, received = hvd.synchronize(hvd.alltoall_async(mine, [2 - pair.rank(), pair.rank()], **own))
+        assert_equal(output, torch.tensor([[1.0, 2.0, 2.0], [4.0]][pair.rank()]))
+        assert received.tolist() == [[2, 1], [0, 1]][pair.rank()]
+        hvd.barrier(process_set=pair)
+    assert hvd.remove_process_set(pair)
+
+
 def test_arguments_are_positional_as_in_horovod():
     size = hvd.size()
     ones = torch.ones(2)
