@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mpitrain.bench.pattern import Pattern, count_wrong, fill
 from mpitrain.collectives import Communicator
 from mpitrain.errors import UnavailableError
-from mpitrain.memory import ReduceOp, as_dtype, flat_view, parse_op
+from mpitrain.memory import DType, ReduceOp, as_dtype, flat_view, parse_op
 
 __all__ = ["IN_PLACE", "MEMORIES", "REDUCING", "Operation", "Use"]
 
@@ -108,10 +108,7 @@ class Operation:
                 raise UnavailableError(f"window of {self.nbytes} bytes: the node has no such memory to share")
             return array
         if self.use.memory == "device" or self.dtype.name == "bfloat16":
-            import torch
-
-            device = "cuda" if self.use.memory == "device" else "cpu"
-            return torch.empty(count, dtype=getattr(torch, self.dtype.name), device=device)
+            return _torch_array(count, self.dtype, is_device=self.use.memory == "device")
         return np.empty(count, self.dtype.storage)
 
     def clear(self) -> None:
@@ -179,6 +176,17 @@ class Operation:
 
     def _host_view(self, array: Any) -> NDArray[Any] | None:
         return None if self.use.memory == "device" else flat_view(array, writable=True).data
+
+
+def _torch_array(count: int, dtype: DType, *, is_device: bool) -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        what = "device memory" if is_device else str(dtype)
+        raise UnavailableError(f"{what}: needs torch, got {error}; pip install mpitrain[torch]") from error
+    if is_device and not torch.cuda.is_available():
+        raise UnavailableError("device memory: needs a CUDA device that torch can use, found none; use --memory host")
+    return torch.empty(count, dtype=getattr(torch, dtype.name), device="cuda" if is_device else "cpu")
 
 
 def _wait(handle: Any) -> Any:

@@ -134,6 +134,7 @@ def _measure_model(
 ) -> list[TrainRow]:
     # What the first steps of a kind take for good, such as the tables of a library, is no side's.
     _Side("alone", task, batch, _as_it_is)
+    gc.collect()
     sides = [_Side("alone", task, batch, _as_it_is), _Side("mpitrain", task, batch, _as_it_is)]
     if "ddp" in request.rivals:
         sides.append(_Side("DDP", task, batch, torch.nn.parallel.DistributedDataParallel))
@@ -213,7 +214,6 @@ def _over_ranks(comm: Communicator, values: list[float], op: str) -> list[float]
 
 def _resident_nbytes() -> int:
     """Return how much memory this process has in use, without what it has freed and kept."""
-    gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # not the C library of GNU
         ctypes.CDLL(None).malloc_trim(0)
     try:

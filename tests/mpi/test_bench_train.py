@@ -27,9 +27,9 @@ def test_steps_are_measured_and_stored(tmp_path_factory, capsys):
     comm = Communicator.from_mpi(settings=SETTINGS)
     path = comm.broadcast_obj(tmp_path_factory.mktemp("train") / "results.json")
     comm.free()
-    bench_training(request_for("gpt", "ddp"), Output(path, None), SETTINGS)
+    bench_training(request_for("resnet", "ddp"), Output(path, None), SETTINGS)
     run = read_results(path)
-    assert [(row.model, row.side) for row in run.rows] == [("gpt", side) for side in ("alone", "mpitrain", "DDP")]
+    assert [(row.model, row.side) for row in run.rows] == [("resnet", side) for side in ("alone", "mpitrain", "DDP")]
     for row in run.rows:
         assert row.iterations == 2
         assert row.num_parameters > 2_000_000
@@ -39,7 +39,7 @@ def test_steps_are_measured_and_stored(tmp_path_factory, capsys):
     if run.setup.shape.size > 1:
         # A step of ours cannot hide or expose nothing at all: gradients were exchanged.
         assert all(row.exposed_s + row.hidden_s > 0 for row in run.rows if row.side == "mpitrain")
-    printed = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("gpt")]
+    printed = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("resnet")]
     if printed:  # on rank 0
         assert [line[:3] for line in printed] == [[row.model, row.side, "1"] for row in run.rows]
         assert all(len(line) == 14 for line in printed)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from mpitrain.bench.bandwidth import COLLECTIVES
 from mpitrain.bench.operation import IN_PLACE, Operation, Use
 from mpitrain.bench.pattern import Pattern, count_wrong, fill
+from mpitrain.errors import UnavailableError
 from mpitrain.memory import ReduceOp, as_dtype, check_op
 from tests.support.ranks import run_communicators
 
@@ -132,6 +135,21 @@ def test_sizes_are_rounded_to_equal_parts(collective, nbytes, dtype, rounded, co
 def test_uses_that_do_not_exist_are_refused(options):
     with pytest.raises(ValueError, match=r"only .*, got " + options["collective"]):
         Use(**options)
+
+
+def test_memory_that_is_not_there_is_refused(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def body(comm):
+        with pytest.raises(UnavailableError, match="device memory: needs a CUDA device"):
+            Operation(comm, Use("allreduce", memory="device"), 8)
+        monkeypatch.setitem(sys.modules, "torch", None)
+        with pytest.raises(UnavailableError, match=r"bfloat16: needs torch, .*pip install mpitrain\[torch\]"):
+            Operation(comm, Use("allreduce", "bfloat16"), 8)
+
+    run_communicators(1, body)
 
 
 @given(
