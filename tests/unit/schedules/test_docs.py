@@ -19,7 +19,9 @@ def row_of(algorithm: Algorithm) -> list[str]:
 
 
 def test_table_rows_are_those_of_the_registry() -> None:
-    lines = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    # What is no schedule has a table of its own, further down.
+    first_table = PAGE.read_text(encoding="utf-8").split("\n|", 1)[1].split("\n\n", 1)[0]
+    lines = [line for line in f"|{first_table}".splitlines() if line.startswith("| ")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     header, *rest = rows
     assert header == ["collective", "algorithm", "rounds", "bytes sent / n", "requires", "source"]
