@@ -92,6 +92,8 @@ class Settings:
             have as much again.
         check: Compare what the ranks bring to each collective before it starts, so that a
             mismatch is an error on every rank. Costs one small all-reduce.
+        timeline: File to which rank 0 writes a timeline of all ranks when the job ends; "" records none.
+        timeline_events: Events that each rank keeps for it; of more, the latest.
         tune_dir: Folder of the tables that `mpitrain tune` measures; "" is `tune` in the `cache_folder` of rank 0.
         log_level: Messages from this level on are shown: debug, info, warning, error or critical; "" leaves that to
             the program's own `logging`.
@@ -111,6 +113,8 @@ class Settings:
     shared_memory: bool = True
     staging_nbytes: int = 2 << 20
     check: bool = True
+    timeline: str = ""
+    timeline_events: int = 1 << 17
     tune_dir: str = ""
     log_level: str = ""
     wait: str = "auto"
@@ -156,6 +160,8 @@ _PARSERS: dict[str, Callable[[str], object]] = {
     "shared_memory": _switch,
     "staging_nbytes": _positive,
     "check": _switch,
+    "timeline": str,
+    "timeline_events": _positive,
     "tune_dir": str,
     "log_level": _level,
     "wait": _waiting,

@@ -20,6 +20,7 @@ from mpitrain.cli.options import parse_nbytes_option
 from mpitrain.cli.report import report
 from mpitrain.cli.run import run as run_command
 from mpitrain.cli.simulate import simulate
+from mpitrain.cli.timeline import timeline
 from mpitrain.cli.tune import Request, tune_job
 from mpitrain.cli.tuning import COLLECTIVES
 from mpitrain.config import Settings
@@ -76,7 +77,7 @@ def tune(**options: Any) -> None:
     tune_job(request, settings)
 
 
-for _command in (bench, explain, report, simulate):
+for _command in (bench, explain, report, simulate, timeline):
     commands.add_command(_command)
 commands.add_command(doctor)
 commands.add_command(run_command)

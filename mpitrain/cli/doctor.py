@@ -121,5 +121,5 @@ def _show(findings: list[Finding], *, as_json: bool) -> None:
     console = make_console()
     console.print(table)
     num_failures = sum(each.status == "failure" for each in findings)
-    verdict = "training can run here" if not num_failures else f"training cannot run here; failures: {num_failures}"
+    verdict = "training can run here" if not num_failures else f"training cannot run here: {num_failures} failures"
     console.print(f"\n{verdict}", highlight=False)

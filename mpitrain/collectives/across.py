@@ -13,6 +13,7 @@ from mpitrain.collectives.reduction import Reduction
 from mpitrain.comm import Topology, Transport
 from mpitrain.config import Settings
 from mpitrain.memory import ScratchPool
+from mpitrain.observe import OperationTrace
 from mpitrain.schedules import find_algorithm
 
 __all__ = ["AcrossNodes"]
@@ -54,8 +55,10 @@ class AcrossNodes:
         part = transport.split(topology.local_rank if owns_slice else None, topology.node_index)
         return cls(part, num_slices, settings, scratch)
 
-    def allreduce(self, data: NDArray[Any], reduction: Reduction, tag: int) -> Task[None]:
-        """Return the task that reduces `data` in place; see `direct.Across`."""
+    def allreduce(
+        self, data: NDArray[Any], reduction: Reduction, tag: int, trace: OperationTrace | None = None
+    ) -> Task[None]:
+        """Return the task that reduces `data` in place; see `direct.Across`, and `execute` for `trace`."""
         transport = self._transport
         assert transport is not None
         num_chunks = self._algorithm.num_chunks(transport.size, 1)
@@ -75,6 +78,7 @@ class AcrossNodes:
             op=reduction.op,
             scratch=self._scratch,
             receive_window=self._settings.receive_window,
+            trace=trace,
         )
 
     def free(self) -> None:

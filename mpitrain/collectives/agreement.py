@@ -41,6 +41,11 @@ def agree(context: Context, description: str, call: Call, bring: Callable[[], No
     Returns:
         The same on every rank: nothing if they agree, else a message with a line for each description.
     """
+    task = _agree(context, description, call, bring)
+    return task if call.trace is None else call.trace.hold("agreement", task)
+
+
+def _agree(context: Context, description: str, call: Call, bring: Callable[[], None] | None) -> Task[str]:
     digest = digest_of(description)
     if context.meeting is not None and call.blocking:
         meeting = context.meeting

@@ -15,6 +15,7 @@ from mpitrain.collectives.context import Context
 from mpitrain.collectives.departure import watch_exit
 from mpitrain.collectives.executor import Task
 from mpitrain.collectives.objects import exchange_pickled
+from mpitrain.collectives.observer import Observer
 from mpitrain.collectives.peers import PeerWatch
 from mpitrain.collectives.persistent import PersistentPlan
 from mpitrain.collectives.plan import Call, Plan, empty_plan
@@ -85,8 +86,9 @@ class Communicator(Collectives):
         self._lock = threading.Lock()
         self._calls = 0
         self._in_flight = 0
-        self._traffic = self.engine.count_traffic()
         self._freed = False
+        self._observer = Observer(self.topology, self.settings, self.engine, self._watch)
+        self._traffic, self.timeline = self._observer.traffic, self._observer.timeline
         self._leave_functions: list[weakref.WeakMethod[Callable[[str], None]]] = []
 
     @classmethod
@@ -113,6 +115,7 @@ class Communicator(Collectives):
         show_messages(settings.log_level)
         made = cls(transport, settings=settings, table=load_table(transport, settings))
         watch_exit(made)
+        made._observer.start_timeline_of_job(settings.timeline)
         return made
 
     # Who and where
@@ -202,7 +205,7 @@ class Communicator(Collectives):
 
     def _run(self, make_plan: Callable[..., Plan[Result]], *arguments: Any, **options: Any) -> Result:
         plan = self._try(make_plan, arguments, options, blocking=True)
-        result = self._drive(self._call(plan, blocking=True, check=self.settings.check))
+        result = self.engine.drive(self._call(plan, blocking=True, check=self.settings.check))
         if plan.small is not None:
             self._quick.remember(arguments[0], options["op"], options["algorithm"], self.quick(plan, plan.small))
         return result
@@ -217,12 +220,12 @@ class Communicator(Collectives):
 
     def run(self, plan: Plan[Result], *, check: bool = False) -> Result:
         """Run a plan that was made for this communicator; every rank must run it."""
-        return self._drive(self._call(plan, blocking=True, check=check))
+        return self.engine.drive(self._call(plan, blocking=True, check=check))
 
     def _checked(self, make_plan: Callable[..., Plan[Result]], *arguments: Any, **options: Any) -> Plan[Result]:
         plan = self._try(make_plan, arguments, options, blocking=True)
         if self.settings.check:
-            self._drive(self._call(empty_plan(plan.description), blocking=True, check=True))
+            self.engine.drive(self._call(empty_plan(plan.description), blocking=True, check=True))
         return plan
 
     def _try(
@@ -242,7 +245,7 @@ class Communicator(Collectives):
                 # form, as blocking and asynchronous calls compare what they bring in different ways.
                 description = f"bad argument: {type(error).__name__}: {error}"
                 with contextlib.suppress(CollectiveMismatchError):
-                    self._drive(self._call(empty_plan(description), blocking=blocking, check=True))
+                    self.engine.drive(self._call(empty_plan(description), blocking=blocking, check=True))
             raise
 
     def _call(self, plan: Plan[Result], *, blocking: bool, check: bool) -> Task[Result]:
@@ -263,25 +266,25 @@ class Communicator(Collectives):
         return self._task(plan, call, index, check=check)
 
     def _task(self, plan: Plan[Result], call: Call, index: int, *, check: bool) -> Task[Result]:
-        guard = self._watch.guard
+        if (recorder := self.engine.recorder) is not None:
+            call = call._replace(trace=recorder.operation(plan.description))
         try:
             if (check and self.size > 1) or plan.bring is not None:
                 agreement = agree(self._context, plan.description, call, plan.bring)
-                disagreement = yield from guard(agreement, plan.description, index)
-                if disagreement:
+                if disagreement := (yield from self._watch.guard(agreement, plan.description, index)):
                     # All ranks know and nothing was started, so the communicator stays usable.
                     raise CollectiveMismatchError(disagreement)
-            return (yield from guard(plan.task(call), plan.description, index))
+            task = plan.task(call) if call.trace is None else call.trace.watch(plan.task(call))
+            return (yield from self._watch.guard(task, plan.description, index))
         finally:
+            if call.trace is not None:
+                call.trace.end()
             with self._lock:
                 self._in_flight -= 1
             if call.ticket >= 0:
                 self._context.native_order.give_back(call.ticket)
             if call.staging_ticket >= 0:
                 self._context.staging_order.give_back(call.staging_ticket)
-
-    def _drive(self, task: Task[Result]) -> Result:
-        return self.engine.drive(task)
 
     # What calls without a plan need, see the module of that name
 
@@ -306,7 +309,7 @@ class Communicator(Collectives):
 
     def drive(self, task: Task[Any], description: str, index: int) -> Any:
         """Run a task of a call to its end; it raises when it cannot end."""
-        return self._drive(self._watch.guard(task, description, index))
+        return self.engine.drive(self._watch.guard(task, description, index))
 
     # Life cycle
 

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from mpitrain.collectives.across import AcrossNodes
 from mpitrain.collectives.choice import AlgorithmChoice
-from mpitrain.collectives.direct import shared_allreduce, staged_allreduce
+from mpitrain.collectives.direct import Across, shared_allreduce, staged_allreduce
 from mpitrain.collectives.executor import Task, execute
 from mpitrain.collectives.layout import Layout
-from mpitrain.collectives.node import make_node
+from mpitrain.collectives.node import Node, make_node
+from mpitrain.collectives.observed import ObservedAcross, observed_node
 from mpitrain.collectives.plan import Call
 from mpitrain.collectives.program import Program, compile_program
 from mpitrain.collectives.reclaim import Reclaimer
@@ -138,6 +139,7 @@ class Context:
             op=op,
             scratch=self.scratch,
             receive_window=self.settings.receive_window,
+            trace=call.trace,
         )
 
     def allocate(self, shape: tuple[int, ...], dtype: DType) -> SharedArray:
@@ -161,15 +163,23 @@ class Context:
 
     def run_shared(self, array: SharedArray, reduction: Reduction, call: Call) -> Task[None]:
         """Return the task that reduces an array which lies in the node's memory."""
-        assert self.node is not None
-        return shared_allreduce(self.node, array.everybodys, reduction, call.number + 1, self.across)
+        node, across = self._place_of(call)
+        return shared_allreduce(node, array.everybodys, reduction, call.number + 1, across)
 
     def run_staged(self, data: NDArray[Any], reduction: Reduction, call: Call) -> Task[None]:
         """Reduce an ordinary array through the node's staging memory, when its turn comes."""
-        assert self.node is not None
+        node, across = self._place_of(call)
         while not self.staging_order.may_start(call.staging_ticket):
             yield False
-        yield from staged_allreduce(self.node, data, reduction, call.number + 1, self.across)
+        yield from staged_allreduce(node, data, reduction, call.number + 1, across)
+
+    def _place_of(self, call: Call) -> tuple[Node, Across | None]:
+        """Return where a call reduces in shared memory, watched if somebody wants to know."""
+        assert self.node is not None
+        if call.trace is None:
+            return self.node, self.across
+        across = None if self.across is None else ObservedAcross(self.across, call.trace)
+        return observed_node(self.node, call.trace), across
 
     def run_native(
         self, call: Call, start: Callable[..., list[Request]], *arguments: object, keep_turn: bool = False
@@ -178,6 +188,12 @@ class Context:
 
         With `keep_turn` another one of the same call follows.
         """
+        task = self._run_native(call, start, *arguments, keep_turn=keep_turn)
+        return task if call.trace is None else call.trace.hold("MPI", task)
+
+    def _run_native(
+        self, call: Call, start: Callable[..., list[Request]], *arguments: object, keep_turn: bool
+    ) -> Task[None]:
         while not self.native_order.may_start(call.ticket):
             yield False
         # A time limit is for who can stop waiting.

@@ -51,6 +51,8 @@ class _ExitWatch:
         reason = exit_reason()
         for comm in communicators:
             comm.leave(reason)
+        for comm in communicators:
+            comm.timeline.finish()
         if self.failure is not None:
             for comm in communicators:
                 if not comm.await_departures(_PATIENCE_S):

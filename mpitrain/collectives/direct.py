@@ -22,7 +22,7 @@ from mpitrain.collectives.layout import even_counts
 from mpitrain.collectives.node import Flags, Node
 from mpitrain.collectives.reduction import Reduction
 
-__all__ = ["NUM_STAGED", "Across", "Stages", "pipeline", "shared_allreduce", "staged_allreduce", "wait"]
+__all__ = ["NEXT_STEPS", "NUM_STAGED", "Across", "Stages", "pipeline", "shared_allreduce", "staged_allreduce", "wait"]
 
 # With one block of a peer beside it, a block stays in a core's own cache. Of 64 KiB to 1 MiB this size was the fastest.
 _BLOCK_NBYTES = 512 << 10
@@ -36,6 +36,8 @@ _NUM_ACROSS = 4
 
 # Phases of an operation, each with flags of its own.
 _FILLED, _REDUCED, _EMPTIED = range(3)
+# What a rank does when all have ended a phase.
+NEXT_STEPS = ("reduce", "unpack", "pack")
 
 
 class Across(Protocol):

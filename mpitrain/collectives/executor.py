@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from mpitrain.collectives.program import Program
 from mpitrain.comm import Bytes, Request, Transport
 from mpitrain.memory import DType, ReduceOp, ScratchPool, reduce_into
+from mpitrain.observe import TRANSFER, OperationTrace
 
 __all__ = ["Task", "execute"]
 
@@ -36,6 +37,7 @@ def execute(
     op: ReduceOp = ReduceOp.SUM,
     scratch: ScratchPool,
     receive_window: int = 4,
+    trace: OperationTrace | None = None,
 ) -> Task[None]:
     """Return the task that runs `program`.
 
@@ -48,9 +50,13 @@ def execute(
         op: How received elements are reduced; same on every rank.
         scratch: Memory for segments that wait to be reduced is taken from here and given back.
         receive_window: How many such segments may be in flight; more where the program needs it.
+        trace: Told what is done, if given.
     """
     if program.transfers:
-        run = _Run(transport, program, arrays, dtype, tag=tag, op=op)
+        if trace is None:
+            run = _Run(transport, program, arrays, dtype, tag=tag, op=op)
+        else:
+            run = _ObservedRun(trace, transport, program, arrays, dtype, tag=tag, op=op)
         yield from run.task(scratch, receive_window)
 
 
@@ -188,3 +194,22 @@ class _Run:
         if transfer.array < 0:
             return _NOTHING
         return self.arrays[transfer.array][transfer.offset : transfer.offset + transfer.count].view("u1")
+
+
+class _ObservedRun(_Run):
+    """One that says what it does."""
+
+    def __init__(self, trace: OperationTrace, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.trace = trace
+
+    def _complete(self) -> bool:
+        moved = super()._complete()
+        if moved:
+            self.trace.note_message()
+        return moved
+
+    def _reduce(self, index: int) -> None:
+        self.trace.enter("reduce")
+        super()._reduce(index)
+        self.trace.enter(TRANSFER)

@@ -41,8 +41,14 @@ class PeerWatch:
         self._transport = transport
         self._settings = settings
         self._lock = threading.Lock()
+        # One thread at a time reads news, so that they are taken in their order.
+        self._reading = threading.Lock()
+        self._subscribers: dict[bytes, Callable[[int, bytes], None]] = {}
         self.revoked: str | None = None
         self._left: dict[int, tuple[int, str]] = {}
+        # The latest operation, for those who ask; and who is told, with its number and seconds, of one that stalls.
+        self.latest = ""
+        self.on_stall: Callable[[str, int, float], None] = _ignore
         # Bound methods, held weakly.
         self.idle_functions: list[weakref.WeakMethod[Callable[[], None]]] = []
 
@@ -58,6 +64,18 @@ class PeerWatch:
         """Tell all others that this rank, after `num_calls` operations, takes part in no further one."""
         self._tell_all(_LEFT + f"{num_calls} {reason}".encode())
 
+    def subscribe(self, topic: bytes, receive: Callable[[int, bytes], None]) -> None:
+        """Have `receive(source, news)` called for the news of a topic, a word."""
+        self._subscribers[topic] = receive
+
+    def send(self, topic: bytes, dest: int, news: bytes) -> None:
+        """Send news of a topic to a rank, which drops them if nobody there has subscribed to it."""
+        self._transport.notify(dest, topic + b" " + news)
+
+    def has_left(self, rank: int) -> bool:
+        """Whether a rank is known to call no further operation."""
+        return rank in self._left
+
     def _tell_all(self, news: bytes) -> None:
         for peer in range(self._transport.size):
             if peer != self._transport.rank:
@@ -70,21 +88,31 @@ class PeerWatch:
         """Whether all other ranks have left, or leave within so many seconds."""
         deadline_s = time.monotonic() + limit_s
         while True:
-            self._take_news()
+            self.read_news()
             if len(self._left) >= self._transport.size - 1:
                 return True
             if time.monotonic() > deadline_s:
                 return False
             time.sleep(_INTERVAL_S)
 
-    def _take_news(self) -> None:
-        for source, news in self._transport.notices():
-            with self._lock:
-                if news.startswith(_REVOKED):
-                    self.revoked = self.revoked or f"rank {source}: {news[len(_REVOKED) :].decode()}"
-                elif news.startswith(_LEFT):
-                    num_calls, _, reason = news[len(_LEFT) :].decode().partition(" ")
-                    self._left[source] = (int(num_calls), reason)
+    def read_news(self) -> None:
+        """Take what other ranks have said; any thread may call."""
+        with self._reading:
+            for source, news in self._transport.notices():
+                self._take(source, news)
+
+    def _take(self, source: int, news: bytes) -> None:
+        with self._lock:
+            if news.startswith(_REVOKED):
+                self.revoked = self.revoked or f"rank {source}: {news[len(_REVOKED) :].decode()}"
+                return
+            if news.startswith(_LEFT):
+                num_calls, _, reason = news[len(_LEFT) :].decode().partition(" ")
+                self._left[source] = (int(num_calls), reason)
+                return
+        topic, _, rest = news.partition(b" ")
+        if receive := self._subscribers.get(topic):
+            receive(source, rest)
 
     def check(self) -> None:
         """Refuse to go on with a communicator that was given up.
@@ -109,10 +137,11 @@ class PeerWatch:
         Raises:
             CommRevokedError, RankFailedError, CommTimeoutError: See `errors`.
         """
+        self.latest = description
         try:
             idle_since_s = 0.0
             next_look_s = 0.0
-            warned = False
+            has_stalled = False
             while True:
                 try:
                     moved = next(task)
@@ -128,7 +157,9 @@ class PeerWatch:
                     elif now_s >= next_look_s:
                         next_look_s = now_s + _INTERVAL_S
                         self._look(now_s - idle_since_s, description, call_index)
-                        warned = warned or self._warn(now_s - idle_since_s, description)
+                        if not has_stalled and 0 < self._settings.stall_warning_s <= now_s - idle_since_s:
+                            has_stalled = True
+                            self.on_stall(description, call_index, now_s - idle_since_s)
                 yield moved
         except BaseException as error:
             # Interrupted or dropped half way, the operation cannot be taken up again: the others must know as well.
@@ -137,7 +168,7 @@ class PeerWatch:
             raise
 
     def _look(self, idle_s: float, description: str, call_index: int) -> None:
-        self._take_news()
+        self.read_news()
         self.check()
         for reference in self.idle_functions:
             if function := reference():
@@ -155,17 +186,9 @@ class PeerWatch:
                 "see which rank is late, or raise MPITRAIN_TIMEOUT_S"
             )
 
-    def _warn(self, idle_s: float, description: str) -> bool:
-        if not self._settings.stall_warning_s or idle_s < self._settings.stall_warning_s:
-            return False
-        _log.warning(
-            "r%d/%d | %s: waits for other ranks since %.0f s",
-            self._transport.rank,
-            self._transport.size,
-            description,
-            idle_s,
-        )
-        return True
+
+def _ignore(_description: str, _call_index: int, _waited_s: float) -> None:
+    """Nobody wants to know."""
 
 
 def text_of(error: BaseException) -> str:

@@ -8,6 +8,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from mpitrain.collectives.executor import Task
 from mpitrain.collectives.small import SmallAllreduce
+from mpitrain.observe import OperationTrace
 
 __all__ = ["Call", "Plan", "empty_plan"]
 
@@ -23,6 +24,7 @@ class Call(NamedTuple):
         number: How many calls there were on the communicator before; the same on every rank.
         ticket: Place among the calls that use the MPI library's own collectives; -1 if this one does not.
         staging_ticket: Place among the calls that use the node's staging memory; -1 if this one does not.
+        trace: Records the run; None if nobody wants to know.
     """
 
     tag: int
@@ -30,6 +32,7 @@ class Call(NamedTuple):
     number: int = 0
     ticket: int = -1
     staging_ticket: int = -1
+    trace: OperationTrace | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -15,16 +15,17 @@ from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
 from mpitrain.collectives.executor import Task
+from mpitrain.collectives.services import Services
 from mpitrain.comm import Backoff, Topology
 from mpitrain.config import Settings
 from mpitrain.errors import CommTimeoutError
-from mpitrain.observe import CommunicationClock, CommunicationCounters, Traffic
+from mpitrain.observe import CommunicationClock, CommunicationCounters, Recorder, Traffic
 
 __all__ = ["Handle", "ProgressEngine", "drive"]
 
 Result = TypeVar("Result")
 
-_PERIOD_S = 1.0
+_WAIT = "wait"
 
 
 def drive(task: Task[Result], *, spin: bool) -> Result:
@@ -123,10 +124,10 @@ class ProgressEngine:
         self._driving = threading.Lock()
         self._changed = threading.Condition()
         self._waiters = 0
-        self._periodic: list[weakref.WeakMethod[Callable[[], None]]] = []
-        self._next_period_s = 0.0
         self.is_closed = False
         self._thread: threading.Thread | None = None
+        self.recorder: Recorder | None = None
+        self._services = Services()
 
     @classmethod
     def for_node(cls, settings: Settings, topology: Topology) -> ProgressEngine:
@@ -144,19 +145,22 @@ class ProgressEngine:
         running = _Running(handle, task)
         with self._as_caller():
             # In the caller's thread, so that the first messages leave at once.
-            running.advance()
+            self._advance(running)
             if not handle.done:
                 self._add(running)
         return handle
 
     def drive(self, task: Task[Result]) -> Result:
         """Run a task to its end in the calling thread."""
-        began_s = time.monotonic()
+        began_ns = time.monotonic_ns()
         try:
             return drive(task, spin=self.spin_waiting)
         finally:
+            ended_ns = time.monotonic_ns()
             # No lock: this is the path of calls that take microseconds.
-            self._clock.book_blocking(time.monotonic() - began_s)
+            self._clock.book_blocking((ended_ns - began_ns) * 1e-9)
+            if self.recorder is not None:
+                self.recorder.add(_WAIT, began_ns, ended_ns)
 
     @contextlib.contextmanager
     def _as_caller(self) -> Iterator[None]:
@@ -198,34 +202,33 @@ class ProgressEngine:
                 raise RuntimeError("progress engine: cannot start an operation, it is closed")
             self._active.append(running)
             self._clock.note(is_in_flight=True)
-            self._have_thread()
-            self._changed.notify_all()
+            self._wake_thread()
 
-    def _have_thread(self) -> None:
-        if self._thread is None:
+    def _wake_thread(self) -> None:
+        if self._thread is None and not self.is_closed:
             self._thread = threading.Thread(
                 target=_serve, args=(weakref.ref(self), self._changed), name="mpitrain progress", daemon=True
             )
             self._thread.start()
+        self._changed.notify_all()
 
-    def every_second(self, function: Callable[[], None]) -> None:
-        """Have `function()` called about once a second by the progress thread: a bound method, which is held weakly.
-
-        It must not wait for anything.
-        """
+    def serve_regularly(self, service: Callable[[], object]) -> None:
+        """Have the progress thread call it a few times per second, whatever the caller does; see `Services`."""
         with self._changed:
-            self._periodic.append(weakref.WeakMethod(function))
-            self._have_thread()
+            self._services.add(service)
+            self._wake_thread()
 
-    def call_periodic(self) -> None:
-        """Call what is to be called every second, if it is time; for the progress thread."""
-        now_s = time.monotonic()
-        if now_s < self._next_period_s:
-            return
-        self._next_period_s = now_s + _PERIOD_S
-        for reference in self._periodic:
-            if function := reference():
-                function()
+    def call_services(self) -> float:
+        """Call the services if it is time for them, for the progress thread; return when to do so again, in seconds."""
+        self._services.call()
+        return self._services.idle_s
+
+    def install(self, recorder: Recorder | None) -> bool:
+        """Record what is done from now on, or no longer; whether the recorder was taken, as there is only one."""
+        if recorder is not None and self.recorder is not None:
+            return False
+        self.recorder = recorder
+        return True
 
     def wait(self, handle: Handle[Result], timeout_s: float | None = None) -> None:
         """Advance everything in flight until `handle` is done."""
@@ -239,6 +242,7 @@ class ProgressEngine:
         """
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         backoff = Backoff(spin=self.spin_waiting)
+        recorder, began_ns = self.recorder, time.monotonic_ns()
         with self._changed:
             self._waiters += 1
             self._clock.note(callers=1)
@@ -255,6 +259,8 @@ class ProgressEngine:
                 self._waiters -= 1
                 self._clock.note(callers=-1)
                 self._changed.notify_all()
+            if recorder is not None:
+                recorder.add(_WAIT, began_ns, time.monotonic_ns(), description)
 
     def advance_all(self) -> bool:
         """Move on all operations in flight, in turn; whether any of them moved."""
@@ -263,13 +269,24 @@ class ProgressEngine:
             finished = False
             for running in tuple(self._active):
                 # Done already: an interrupt ended it, and the round in which it would have been dropped.
-                moved |= running.handle.done or running.advance()
+                moved |= running.handle.done or self._advance(running)
                 finished |= running.handle.done
             if finished:
                 with self._changed:
                     self._active = [running for running in self._active if not running.handle.done]
                     self._clock.note(is_in_flight=bool(self._active))
             return moved
+
+    def _advance(self, running: _Running) -> bool:
+        recorder = self.recorder
+        if recorder is None:
+            return running.advance()
+        began_ns = time.monotonic_ns()
+        moved = running.advance()
+        if moved:
+            name, _, details = running.handle.description.partition(" ")
+            recorder.add_step(name, began_ns, details)
+        return moved
 
     def close(self) -> None:
         """Stop the thread; operations still in flight stay unfinished."""
@@ -300,7 +317,7 @@ def _serve(engine_ref: Callable[[], ProgressEngine | None], changed: threading.C
     """Body of the progress thread; holds the engine only while it works, so that it can be collected."""
     backoff: Backoff | None = None
     while (engine := engine_ref()) is not None and not engine.is_closed:
-        engine.call_periodic()
+        idle_s = engine.call_services()
         if engine.has_background_work():
             backoff = backoff or Backoff(spin=engine.spin_background)
             if engine.advance_all():
@@ -313,5 +330,5 @@ def _serve(engine_ref: Callable[[], ProgressEngine | None], changed: threading.C
                 if engine.has_background_work() or engine.is_closed:
                     continue
                 del engine
-                # Woken by new work; the time limit is for what is periodic, and engines that nobody refers to any more.
-                changed.wait(_PERIOD_S)
+                # Woken by new work; the time limit is also for engines that nobody refers to any more.
+                changed.wait(idle_s)

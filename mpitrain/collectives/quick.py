@@ -6,6 +6,7 @@ less ado; a rank may go either way without the others noticing.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from mpitrain.collectives.context import Context
 from mpitrain.collectives.executor import Task
 from mpitrain.collectives.peers import text_of
 from mpitrain.collectives.plan import Call
+from mpitrain.collectives.progress import ProgressEngine
 from mpitrain.collectives.small import SmallAllreduce
 from mpitrain.errors import CollectiveMismatchError
 from mpitrain.memory.loaded import loaded_torch
@@ -31,6 +33,8 @@ _POLLS = 100
 
 class Caller(Protocol):
     """What makes calls on a communicator."""
+
+    engine: ProgressEngine
 
     def take_number(self, nbytes: int) -> int:
         """Return the number of the next call, which begins now."""
@@ -75,6 +79,8 @@ class QuickAllreduce:
             CollectiveMismatchError, CommError: As every collective.
         """
         small, meeting = self._small, self._meeting
+        recorder = self._caller.engine.recorder
+        began_ns = 0 if recorder is None else time.monotonic_ns()
         index = self._caller.take_number(data.nbytes)
         try:
             if small.is_whole:
@@ -91,6 +97,8 @@ class QuickAllreduce:
         except BaseException as error:
             self._caller.revoke(f"{self._description}: {text_of(error)}")
             raise
+        if recorder is not None:
+            recorder.add("allreduce", began_ns, time.monotonic_ns(), self._description)
 
     def _wait(self, index: int) -> None:
         self._caller.drive(_until(self._meeting.is_complete), self._description, index)

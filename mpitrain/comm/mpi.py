@@ -51,6 +51,9 @@ class MPITransport(Transport):
         self.native = NativeCollectives(self._data)
         self._outgoing: list[MPI.Request] = []
         self._outgoing_lock = threading.Lock()
+        # The progress thread reads notices at any time, also while this is freed.
+        self._reading_lock = threading.Lock()
+        self._is_freed = False
 
     def isend(self, buffer: Bytes, dest: int, tag: int) -> Request:
         # No context manager here and below: it would cost as much as the call.
@@ -110,10 +113,10 @@ class MPITransport(Transport):
 
     def notices(self) -> list[tuple[int, bytes]]:
         arrived: list[tuple[int, bytes]] = []
-        if MPI.Is_finalized():
-            return arrived
         status = MPI.Status()
-        with translated_errors("notices"):
+        with self._reading_lock, translated_errors("notices"):
+            if self._is_freed or MPI.Is_finalized():
+                return arrived
             while message := self._notices.improbe(MPI.ANY_SOURCE, _NOTICE_TAG, status):
                 arrived.append((status.Get_source(), message.recv()))
         return arrived
@@ -160,7 +163,8 @@ class MPITransport(Transport):
             return
         # News that came too late for anybody would stay with the MPI library.
         self.notices()
-        with translated_errors("free"):
+        with self._reading_lock, translated_errors("free"):
+            self._is_freed = True
             MPI.Request.Waitall(self._outgoing)
             self._outgoing = []
             self._notices.Free()

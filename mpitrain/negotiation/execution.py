@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -14,6 +15,7 @@ from mpitrain.memory import FlatArray, allocate_like, flat_view
 from mpitrain.negotiation.announcement import Announcement, Decision
 from mpitrain.negotiation.groups import all_results, run_allgather, run_reduce_scatter
 from mpitrain.negotiation.scaling import check_reduction, op_to_run, scale_input, scale_result
+from mpitrain.observe import OperationTrace, Recorder
 
 __all__ = ["Entry", "Results", "run_decision"]
 
@@ -31,6 +33,7 @@ class Entry:
         handle: Gets the list of results; for an all-gather and an all-to-all each is a pair with the rows by source.
             Whoever runs the operation resolves it.
         since_s: When it was started, by the monotonic clock.
+        trace: Records it; None if nobody wants to know.
     """
 
     announcement: Announcement
@@ -38,6 +41,20 @@ class Entry:
     in_place: bool
     handle: Handle[Results]
     since_s: float
+    trace: OperationTrace | None = None
+
+    def observe(self, recorder: Recorder | None) -> None:
+        """Record it from now on, while it is negotiated."""
+        if recorder is not None:
+            self.trace = recorder.operation(f"{self.announcement.name} named {self.announcement.collective}")
+            self.trace.enter("negotiation")
+
+    def enter(self, phase: str) -> None:
+        """Record that a phase begins; "" is the end."""
+        if self.trace is not None:
+            self.trace.enter(phase)
+            if not phase:
+                self.trace.end()
 
 
 def run_decision(comm: Communicator, decision: Decision, entries: Sequence[Entry]) -> Task[list[Results]]:
@@ -95,7 +112,10 @@ def _run_allreduce(comm: Communicator, entries: Sequence[Entry]) -> Task[list[Re
     buffers = []
     for indices in by_dtype.values():
         sources, targets = [inputs[index] for index in indices], [outputs[index] for index in indices]
+        began_ns = time.monotonic_ns()
         buffer = _pack(sources, targets)
+        if comm.engine.recorder is not None:
+            comm.engine.recorder.add_step("pack", began_ns)
         scale_input(buffer, announcement)
         # A fused buffer is one array to elementwise reductions only.
         counts = [source.count for source in sources] if announcement.op == "adasum" else None
@@ -112,9 +132,12 @@ def _finish_allreduce(
     buffers: Sequence[tuple[FlatArray, list[FlatArray]]],
 ) -> Task[list[Results]]:
     yield from all_results(parts)
+    began_ns = time.monotonic_ns()
     for buffer, targets in buffers:
         scale_result(buffer, announcement, comm.size)
         _unpack(buffer, targets)
+    if comm.engine.recorder is not None:
+        comm.engine.recorder.add_step("unpack", began_ns)
     return results
 
 

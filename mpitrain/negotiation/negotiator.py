@@ -74,7 +74,7 @@ class Negotiator:
         # that wait for a named operation which it has not started.
         comm.while_waiting(self.attend)
         if comm.size > 1 and self._coordinator is not None:
-            comm.engine.every_second(self.attend)
+            comm.engine.serve_regularly(self.attend)
 
     def start(
         self,
@@ -163,6 +163,7 @@ class Negotiator:
                     "Requested to allreduce, allgather, or broadcast a tensor with the same name as another "
                     f"tensor that is currently being processed: {name!r}; wait for that one, or pass another name"
                 )
+            entry.observe(self.comm.engine.recorder)
             if not self._refusals.put_behind(entry):
                 self._submit(entry)
             if not announcement.problem:
@@ -271,6 +272,8 @@ class Negotiator:
         decisions = self._coordinator.decide() + self._stalls.inspect(self._coordinator, now_s)
         if decisions:
             self._broadcast(decisions)
+            if self.comm.engine.recorder is not None:
+                self.comm.engine.recorder.mark_cycle([name for decision in decisions for name in decision.names])
             self._carry_out(decisions)
         return bool(decisions)
 
@@ -304,6 +307,8 @@ class Negotiator:
             entries = self._entries_of(decision)
             if not entries:
                 continue  # an error of what this rank never started, or has given up
+            for entry in entries:
+                entry.enter("in flight")
             if decision.error:
                 self._fail(entries, error_of(decision))
                 continue
@@ -374,6 +379,8 @@ class Negotiator:
         """Free the names; before the handles are done, so that whoever waits for one may use its name again."""
         with self._lock:
             self._names.difference_update(entry.announcement.name for entry in entries)
+        for entry in entries:
+            entry.enter("")
 
     def _close(self, closing: Decision) -> bool:
         """End what is undecided, and all that will be started; whether that was not done before."""

@@ -2,5 +2,20 @@
 
 from mpitrain.observe.counters import CommunicationClock, CommunicationCounters, Traffic
 from mpitrain.observe.messages import show_messages
+from mpitrain.observe.recorder import TRANSFER, OperationTrace, Recorder
+from mpitrain.observe.stalls import Whereabouts, report_of_stall, stack_of_thread
+from mpitrain.observe.timeline import Timeline
 
-__all__ = ["CommunicationClock", "CommunicationCounters", "Traffic", "show_messages"]
+__all__ = [
+    "TRANSFER",
+    "CommunicationClock",
+    "CommunicationCounters",
+    "OperationTrace",
+    "Recorder",
+    "Timeline",
+    "Traffic",
+    "Whereabouts",
+    "report_of_stall",
+    "show_messages",
+    "stack_of_thread",
+]

@@ -35,6 +35,7 @@ from mpitrain.torch.functions import (
 from mpitrain.torch.gathers import allgather, allgather_async, grouped_allgather, grouped_allgather_async
 from mpitrain.torch.handles import poll, synchronize
 from mpitrain.torch.joining import join
+from mpitrain.torch.observation import communication_counters, start_timeline, stop_timeline
 from mpitrain.torch.optimizer import DistributedOptimizer
 from mpitrain.torch.queries import (
     ccl_built,
@@ -75,7 +76,6 @@ from mpitrain.torch.sync_batch_norm import SyncBatchNorm
 from mpitrain.torch.world import (
     ProcessSet,
     add_process_set,
-    communication_counters,
     communicator,
     cross_rank,
     cross_size,
@@ -159,5 +159,7 @@ __all__ = [
     "shutdown",
     "size",
     "sparse_allreduce_async",
+    "start_timeline",
+    "stop_timeline",
     "synchronize",
 ]

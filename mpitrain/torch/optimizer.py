@@ -15,6 +15,7 @@ from mpitrain.memory import ReduceOp, parse_op
 from mpitrain.torch.adasum import combine_changes
 from mpitrain.torch.arguments import Reduction, check_passes, groups_of_arguments, names_of
 from mpitrain.torch.compression import Compression, Compressor
+from mpitrain.torch.observation import recorded
 from mpitrain.torch.passes import BackwardPasses
 from mpitrain.torch.reducer import GradientReducer
 from mpitrain.torch.reductions import Average
@@ -56,7 +57,8 @@ class _Distributed(torch.optim.Optimizer):
             else:
                 closure = self._synchronized(closure)
         try:
-            return super().step(closure)
+            with recorded("optimizer step"):
+                return super().step(closure)
         finally:
             self._is_synchronized = False
 

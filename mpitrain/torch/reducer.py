@@ -17,6 +17,7 @@ each one, but only while somebody has joined; see `mpitrain.negotiation.joining`
 
 from __future__ import annotations
 
+import time
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ from mpitrain.negotiation import Negotiator
 from mpitrain.torch.arguments import Reduction
 from mpitrain.torch.buckets import bucket_layout
 from mpitrain.torch.named_gradients import NamedGradients
+from mpitrain.torch.observation import BackwardSpan
 from mpitrain.torch.passes import BackwardPasses
 from mpitrain.torch.slots import Bucket, Slot, set_aside
 from mpitrain.torch.world import negotiator_of
@@ -68,6 +70,7 @@ class GradientReducer(BackwardPasses):
         self._named = NamedGradients(reduction)
         self._buckets: list[Bucket] = []
         self._next = 0
+        self._backward = BackwardSpan()
         self._memory: SharedArray | None = None
         # Positions of the slots in the order of the buckets.
         self._order: list[int] = []
@@ -96,6 +99,7 @@ class GradientReducer(BackwardPasses):
             RuntimeError: The parameters belong to another reducer.
         """
         self.check_alive()
+        self._backward.end(self._group.engine.recorder)
         with self._negotiator.steps.entered(self._number):
             self._synchronize()
 
@@ -238,9 +242,15 @@ class GradientReducer(BackwardPasses):
         """Take the gradient, and start what is full."""
         if self._arrivals is not None:
             self._arrivals.append(slot.position)
-        else:
+            return
+        recorder = self._group.engine.recorder
+        if recorder is None:
             self._take(slot)
-            self._launch()
+        else:
+            began_ns = time.monotonic_ns()
+            self._take(slot)
+            self._backward.note_gradient(recorder, slot.name, began_ns)
+        self._launch()
 
     def _reduce(self, missing: Sequence[Slot]) -> None:
         """Reduce all gradients, of which some have not been taken yet, to the end."""

@@ -11,7 +11,6 @@ from mpitrain.collectives import Communicator
 from mpitrain.config import Settings, unused_horovod_variables
 from mpitrain.errors import NotInitializedError
 from mpitrain.negotiation import Negotiator
-from mpitrain.observe import CommunicationCounters
 from mpitrain.torch.process_sets import ProcessSet, World, agreed_removals, global_process_set
 
 if TYPE_CHECKING:
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 __all__ = [
     "ProcessSet",
     "add_process_set",
-    "communication_counters",
     "communicator",
     "cross_rank",
     "cross_size",
@@ -55,8 +53,8 @@ def init(
 ) -> None:
     """Start: make the communicator that all functions of this module use. A second call does nothing.
 
-    Every rank must call. Initialises MPI if nobody has. Rank 0 starts the progress thread, which looks once a second
-    whether others wait for it.
+    Every rank must call. Initialises MPI if nobody has. With several ranks, one thread sleeps from now on but for
+    moments in which it listens to the others.
 
     Args:
         comm: mpi4py communicator, or global ranks of which each must call; all ranks if not given.
@@ -110,7 +108,7 @@ def init_again() -> None:
 def shutdown() -> None:
     """End: other ranks get an error for operations that still need this one. Without `init` it does nothing.
 
-    Returns at once; `init` may be called again, by all ranks.
+    Returns at once, or when a timeline is written; `init` may be called again, by all ranks.
     """
     global _world, _predecessor
     if _world is None:
@@ -121,6 +119,7 @@ def shutdown() -> None:
             process_set.negotiator.group.leave("has shut down")
         _world.forget(process_set)
     global_process_set.ranks = global_process_set.mpi_comm = None
+    _world.comm.timeline.finish()
     _world.comm.engine.close()
     _predecessor, _world = _world, None
 
@@ -243,21 +242,6 @@ def cross_rank() -> int:
 def is_homogeneous() -> bool:
     """Whether all nodes have the same number of ranks."""
     return communicator().topology.is_homogeneous
-
-
-def communication_counters() -> CommunicationCounters:
-    """What this process has communicated since `init`, and for how many seconds that was exposed or hidden.
-
-    The difference of two is what was communicated in between:
-
-        before = hvd.communication_counters()
-        train_one_epoch()
-        spent = hvd.communication_counters() - before
-
-    Raises:
-        NotInitializedError: Before `init`.
-    """
-    return communicator().engine.counters
 
 
 def _initialized() -> World:

@@ -222,19 +222,48 @@ def test_time_limit_counts_from_the_last_movement_only():
     assert soon(2, body, settings=settings) == [2.0, 2.0]
 
 
-def test_stall_is_reported_once_and_the_operation_goes_on(caplog):
-    settings = Settings(wait="sleep", stall_warning_s=0.1)
+@pytest.mark.parametrize("late", [0, 1])
+@pytest.mark.parametrize("form", ["allreduce", "allreduce_async"])
+def test_stall_is_reported_once_with_the_place_of_the_late_rank_and_the_operation_goes_on(caplog, form, late):
+    settings = Settings(wait="sleep", stall_warning_s=0.1, check=False)
+
+    def linger():
+        time.sleep(1.2)
 
     def body(comm):
-        if comm.rank == 0:
-            time.sleep(0.5)
+        comm.barrier()
+        if comm.rank == late:
+            linger()
+        result = getattr(comm, form)(np.ones(3), algorithm="ring")
+        return float((result if form == "allreduce" else result.wait())[0])
+
+    with caplog.at_level(logging.WARNING, logger="mpitrain"):
+        assert soon(3, body, settings=settings) == [3.0] * 3
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith("r0/3 | allreduce sum of float64 [3] by ring: waits for other ranks since 0 s")
+    assert f"arrived: ranks {', '.join(str(rank) for rank in range(3) if rank != late)}\n" in message
+    assert f"missing: rank {late}, which has called 1 operations here, the latest barrier" in message
+    assert "in linger" in message
+    assert "no answer" not in message
+
+
+def test_rank_that_does_not_answer_is_named(caplog, monkeypatch):
+    from mpitrain.collectives import stall_reports
+
+    monkeypatch.setattr(stall_reports, "_ANSWER_LIMIT_S", 0.3)
+    settings = Settings(wait="sleep", stall_warning_s=0.1, check=False)
+
+    def body(comm):
+        comm.barrier()
+        if comm.rank == 1:
+            comm.engine.close()  # its progress thread ends: nothing of this rank looks for news any more
+            time.sleep(1.5)
         return float(comm.allreduce(np.ones(3), algorithm="ring")[0])
 
     with caplog.at_level(logging.WARNING, logger="mpitrain"):
         assert soon(2, body, settings=settings) == [2.0, 2.0]
-    messages = [record.getMessage() for record in caplog.records]
-    assert len(messages) == 1
-    assert messages[0].startswith("r1/2 | allreduce")
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "no answer: ranks 1" in message
 
 
 def test_failed_operation_does_not_stop_one_on_another_communicator():
