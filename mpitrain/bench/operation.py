@@ -39,7 +39,7 @@ class Use:
         collective: One of `COLLECTIVES`.
         dtype: Of the elements.
         op: How they are reduced; "sum" where they are only moved.
-        memory: One of `MEMORIES`; the window only for an all-reduce.
+        memory: One of `MEMORIES`; the window not for a form that works on a copy of what was brought.
         in_place: Whether the result replaces what was brought. Else it is a new array.
         persistent: Whether a plan is made once and run; only an all-reduce in place can be.
         blocking: Whether the caller waits in the call.
@@ -61,8 +61,8 @@ class Use:
         """
         if self.in_place and self.collective not in IN_PLACE:
             raise ValueError(f"in place: only {' and '.join(IN_PLACE)} have that form, got {self.collective}")
-        if self.memory == "window" and not (self.collective == "allreduce" and self.in_place):
-            raise ValueError(f"window memory: only for an allreduce in place, got {self.collective}; use host memory")
+        if self.memory == "window" and self.collective in IN_PLACE and not self.in_place:
+            raise ValueError(f"window memory: only for the form in place, got {self.collective} out of place")
         if self.persistent and not (self.collective == "allreduce" and self.in_place and self.blocking):
             raise ValueError(f"persistent: only for a blocking allreduce in place, got {self.collective}")
 

@@ -74,7 +74,7 @@ def test_unknown_algorithm_is_refused_on_all_ranks():
     [
         ({"collective": "barrier"}, "collective: unknown, got 'barrier'"),
         ({"memories": ("disk",)}, "memory: unknown, got 'disk'"),
-        ({"memories": ("window",)}, "window memory: only for an allreduce in place"),
+        ({"memories": ("window",)}, "window memory: only for the form in place, got allreduce"),
         ({"dtypes": ("float31",)}, "dtype: unsupported dtype, got 'float31'"),
         ({"ops": ("sum", "mean")}, "op: unknown reduction, got 'mean'"),
         ({"dtypes": ("bool",), "ops": ("average",)}, "op: average is not defined for this dtype"),

@@ -70,6 +70,21 @@ def test_every_form_is_right(options):
 
 
 @pytest.mark.parametrize("collective", COLLECTIVES)
+def test_every_algorithm_is_right_on_shared_memory(collective):
+    def body(comm):
+        wrong = {}
+        for dtype in ("float32", "bfloat16"):
+            operation = Operation(comm, Use(collective, dtype, memory="window", in_place=collective in IN_PLACE), 999)
+            for name in comm.known_algorithms(collective):
+                wrong[dtype, name] = operation.count_wrong(operation.call(name))
+        return wrong
+
+    for wrong in run_communicators(3, body):
+        assert wrong
+        assert not any(wrong.values())
+
+
+@pytest.mark.parametrize("collective", COLLECTIVES)
 def test_one_wrong_element_on_one_rank_is_seen_by_all(collective):
     def body(comm):
         operation = Operation(comm, Use(collective, in_place=collective in IN_PLACE), 480)
@@ -128,7 +143,7 @@ def test_sizes_are_rounded_to_equal_parts(collective, nbytes, dtype, rounded, co
     [
         {"collective": "alltoall", "in_place": True},
         {"collective": "allreduce", "memory": "window"},
-        {"collective": "broadcast", "memory": "window", "in_place": True},
+        {"collective": "broadcast", "memory": "window"},
         {"collective": "broadcast", "persistent": True, "in_place": True},
     ],
 )
