@@ -37,6 +37,11 @@ def _level(text: str) -> str:
     return {"trace": "debug", "fatal": "critical"}.get(text.lower(), text)
 
 
+def _file_of_timeline(text: str) -> str | None:
+    # Horovod's word for a timeline that is started later, which it can be in any case.
+    return None if text == "DYNAMIC" else text
+
+
 ALIASES = {
     "HOROVOD_FUSION_THRESHOLD": Alias(("fusion_nbytes", "bucket_nbytes"), _at_least_one),
     "HOROVOD_LOG_LEVEL": Alias(("log_level",), _level),
@@ -44,6 +49,7 @@ ALIASES = {
     "HOROVOD_STALL_CHECK_DISABLE": Alias(("stall_warning_s", "stall_shutdown_s"), _never_if_set),
     "HOROVOD_STALL_CHECK_TIME_SECONDS": Alias(("stall_warning_s",)),
     "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": Alias(("stall_shutdown_s",)),
+    "HOROVOD_TIMELINE": Alias(("timeline",), _file_of_timeline),
 }
 """Variables that mean something here. Where two set the same, the first one counts."""
 

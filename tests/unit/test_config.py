@@ -53,6 +53,8 @@ def test_unusable_value_is_refused_by_the_name_of_its_variable(name: str, value:
             {"stall_warning_s": 0.0, "stall_shutdown_s": 0.0},
         ),
         ({"HOROVOD_STALL_CHECK_TIME_SECONDS": "7", "HOROVOD_STALL_CHECK_DISABLE": "0"}, {"stall_warning_s": 7.0}),
+        ({"HOROVOD_TIMELINE": "/shared/job.json"}, {"timeline": "/shared/job.json"}),
+        ({"HOROVOD_TIMELINE": "DYNAMIC"}, {}),
         ({"HOROVOD_LOG_LEVEL": "TRACE"}, {"log_level": "debug"}),
         ({"HOROVOD_LOG_LEVEL": "fatal", "MPITRAIN_LOG_LEVEL": "Info"}, {"log_level": "info"}),
         ({"HOROVOD_CYCLE_TIME": "5"}, {}),
