@@ -45,6 +45,11 @@ _ALLOCATIONS = ("SLURM_JOB_ID", "PBS_NODEFILE", "LSB_DJOB_HOSTFILE", "PE_HOSTFIL
 @click.option("--hostfile", type=click.Path(path_type=Path), help="File that lists hosts, of Open MPI, MPICH or plain.")
 @click.option("--algorithm", metavar="NAME", help="Of all-reduces that name none; sets MPITRAIN_ALGORITHM.")
 @click.option(
+    "--timeline",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write a timeline of all ranks to this file; sets MPITRAIN_TIMELINE.",
+)
+@click.option(
     "-x", "variables", multiple=True, metavar="NAME[=VALUE]", help="Pass a variable to all ranks; repeatable."
 )
 @click.option("--horovod", is_flag=True, help="The program is a Python script written for Horovod.")
@@ -70,6 +75,7 @@ def run(
     hosts: str | None,
     hostfile: Path | None,
     algorithm: str | None,
+    timeline: Path | None,
     variables: tuple[str, ...],
     horovod: bool,
     launcher: str | None,
@@ -89,7 +95,7 @@ def run(
     """
     try:
         environ = copy_environment()
-        names = _set_variables(environ, variables, algorithm)
+        names = _set_variables(environ, variables, algorithm, timeline)
         found = find_launcher(launcher)
         check_user(found, environ)
         listed = parse_hosts(hosts) if hosts else read_hostfile(hostfile) if hostfile else []
@@ -130,7 +136,9 @@ def run(
     return outcome.status
 
 
-def _set_variables(environ: dict[str, str], variables: Sequence[str], algorithm: str | None) -> list[str]:
+def _set_variables(
+    environ: dict[str, str], variables: Sequence[str], algorithm: str | None, timeline: Path | None
+) -> list[str]:
     """Put the variables of options into the environment of the launcher; return their names.
 
     Raises:
@@ -147,6 +155,9 @@ def _set_variables(environ: dict[str, str], variables: Sequence[str], algorithm:
             environ[name] = value
     if algorithm is not None:
         environ["MPITRAIN_ALGORITHM"] = algorithm
+    if timeline is not None:
+        # Rank 0, which writes it, may run in another folder.
+        environ["MPITRAIN_TIMELINE"] = str(timeline.absolute())
     Settings.from_environ(environ)
     environ.setdefault("PYTHONUNBUFFERED", "1")
     prepare_mpi_wheel(environ)

@@ -106,15 +106,17 @@ def test_a_host_that_cannot_start_takes_the_cluster_down(monkeypatch):
 def test_a_cluster_ends_with_the_process_that_made_it(tmp_path, number):
     script = Path(emulation.__file__)
     maker = subprocess.Popen(
-        [sys.executable, str(script), "1", "--", "bash", "-c", "echo up; hostname; sleep 60"],
+        [sys.executable, str(script), "1", "--", "bash", "-c", 'echo up; dirname "$TMPDIR"; sleep 60'],
         stdout=subprocess.PIPE,
         text=True,
         cwd=REPOSITORY,
     )
-    assert [maker.stdout.readline(), maker.stdout.readline()] == ["up\n", "head\n"]
+    assert maker.stdout.readline() == "up\n"
+    folder = Path(maker.stdout.readline().rstrip())
+    assert folder.is_dir()
     children = Path(f"/proc/{maker.pid}/task/{maker.pid}/children").read_text().split()
     maker.send_signal(number)
     maker.wait(timeout=10)
     maker.stdout.close()
-    while any(is_running(int(child)) for child in children):
+    while any(is_running(int(child)) for child in children) or folder.exists():
         time.sleep(0.01)
