@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import subprocess
 import sys
 import textwrap
@@ -43,20 +44,23 @@ def why_unavailable() -> str:
     return f"cannot mount: {done.stderr.strip()}" if done.returncode else ""
 
 
-def run_with_own_memory(size: int, body: str, memory: str = "512m") -> tuple[int, str, list[str]]:
+def run_with_own_memory(
+    size: int, body: str, memory: str = "512m", prologue: str = PROLOGUE, **variables: str
+) -> tuple[int, str, list[str]]:
     """Run a job; return exit status, output, and what it has left in /dev/shm."""
     if reason := why_unavailable():
         pytest.skip(reason)
     script = (
         'mount -t tmpfs -o size="$1" none /dev/shm; shift; "$@"; code=$?; echo "left:" $(ls -A /dev/shm); exit $code'
     )
-    program = [sys.executable, "-c", PROLOGUE + textwrap.dedent(body)]
+    program = [sys.executable, "-c", prologue + textwrap.dedent(body)]
     done = subprocess.run(
         ["unshare", "--mount", "bash", "-c", script, "bash", memory, MPIRUN, "-np", str(size), *program],
         capture_output=True,
         text=True,
         timeout=LIMIT_S,
         check=False,
+        env={**os.environ, **variables},
     )
     *output, left = done.stdout.splitlines()
     assert left.startswith("left:")
@@ -84,11 +88,18 @@ ENDINGS = {
 }
 
 
+@functools.cache
+def num_left_by_mpi_itself() -> int:
+    """MPICH leaves a segment of its own behind when a rank is killed."""
+    body = "os.kill(os.getpid(), signal.SIGKILL) if MPI.COMM_WORLD.rank == 1 else MPI.COMM_WORLD.barrier()"
+    return len(run_with_own_memory(2, body, prologue="import os, signal\nfrom mpi4py import MPI\n")[2])
+
+
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_no_segment_is_left_behind(ending: str) -> None:
     code, output, left = run_with_own_memory(2, ENDINGS[ending])
     assert (code == 0) == (ending == "well"), output
-    assert left == [], output
+    assert len(left) == (num_left_by_mpi_itself() if "killed" in ending else 0), (left, output)
 
 
 def test_memory_that_has_run_out_is_told_and_replaced() -> None:
@@ -115,7 +126,7 @@ def test_communicators_do_without_memory_that_is_not_there() -> None:
         assert (buffer.numpy() == 1).all()
         print("went on")
     """
-    code, output, _ = run_with_own_memory(2, body, "2m")
+    code, output, _ = run_with_own_memory(2, body, MPITRAIN_STAGING_NBYTES=str(256 << 20))
     assert code == 0, output
     assert output.count("went on") == 2
     assert "ranks exchange messages instead, which is slower" in output
