@@ -45,6 +45,7 @@ _STAGED_PIECE_S = 10e-6
 _STAGED_PIECE_NBYTES = 1 << 20
 # What is brought to the meeting of the node's ranks, with the default settings.
 _BROUGHT_NBYTES = 1 << 20
+_READ_WHOLE_NBYTES = 64 << 10
 
 # One round of a schedule, or one level of the tree that an MPI library builds.
 _ROUND_S = 20e-6
@@ -124,7 +125,8 @@ def predicted_s(
     if name in (DIRECT, HIERARCHICAL):
         if collective != "allreduce":
             return _exchange_s(collective, nbytes, shape, blocking=blocking, in_window=in_window)
-        if name == DIRECT and blocking and not in_window and nbytes <= _BROUGHT_NBYTES:
+        largest_brought = _READ_WHOLE_NBYTES / max(1, shape.size - 1) if in_window else _BROUGHT_NBYTES
+        if name == DIRECT and blocking and nbytes <= largest_brought:
             return _MEETING_CALL_S + shape.size * _MET_RANK_S + nbytes * shape.size / _STAGED_BYTES_PER_S
         return _shared_memory_s(nbytes, shape, in_window=in_window)
     if name not in ALGORITHMS[collective]:

@@ -21,6 +21,7 @@ from mpitrain.collectives.plan import Call
 from mpitrain.collectives.progress import ProgressEngine
 from mpitrain.collectives.small import SmallAllreduce
 from mpitrain.errors import CollectiveMismatchError
+from mpitrain.memory import SharedArray
 from mpitrain.memory.loaded import loaded_torch
 
 __all__ = ["Caller", "QuickAllreduce", "QuickCalls"]
@@ -120,7 +121,7 @@ class QuickCalls:
             quick = self._known[type(array), array.dtype, array.shape, op, algorithm]
         except (AttributeError, KeyError, TypeError):
             return None, array
-        host = array if type(array) is np.ndarray else _host(array)
+        host = array if type(array) is np.ndarray else array.flat if type(array) is SharedArray else _host(array)
         # Contiguous, aligned and writable; what is not gets its error, or its copy, on the general way.
         if host is None or not host.flags.carray:
             return None, array
@@ -128,7 +129,7 @@ class QuickCalls:
 
     def remember(self, array: Any, op: Any, algorithm: str, quick: QuickAllreduce) -> None:
         """Find it from now on, if the kind of array is one that can be looked at quickly."""
-        if type(array) is not np.ndarray and _host(array) is None:
+        if type(array) not in (np.ndarray, SharedArray) and _host(array) is None:
             return
         if len(self._known) >= _MOST_SIGNATURES:
             self._known.clear()

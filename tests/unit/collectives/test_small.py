@@ -44,7 +44,11 @@ def test_every_way_gives_the_sum_again_and_again(size: int, dtype: str, monkeypa
                 tensor = torch.from_numpy(before.copy())
                 assert comm.allreduce_(tensor, algorithm="direct") is tensor
                 new = comm.allreduce(torch.from_numpy(before), algorithm="direct")
-                results += [array, copied, plan_array.copy(), tensor.numpy(), new.numpy()]
+                shared = comm.allocate(count, dtype)
+                shared.numpy()[:] = before
+                assert comm.allreduce_(shared, algorithm="direct") is shared
+                results += [array, copied, plan_array.copy(), tensor.numpy(), new.numpy(), shared.numpy().copy()]
+                comm.barrier()
         return results
 
     by_rank = run_communicators(size, body, settings=SETTINGS)
