@@ -78,7 +78,7 @@ def test_links_between_nodes_are_spared():
 def test_shared_arrays_need_no_messages_in_a_node():
     for shape in ONE_NODE:
         assert choose("allreduce", 1 << 22, shape, in_window=True) == "direct"
-        assert choose("allreduce", 64, shape, in_window=True) == "native"
+        assert choose("allreduce", 64, shape, in_window=True) == "direct"
 
 
 def test_native_is_given_up_earlier_in_the_background():
