@@ -184,10 +184,7 @@ class Communicator(Collectives):
             dtype: Name, NumPy dtype or torch dtype; same on every rank.
         """
         self._reclaimer.reclaim()
-        array = self._context.allocate((shape,) if isinstance(shape, int) else tuple(shape), as_dtype(dtype))
-        if array.block is not None:
-            self._reclaimer.register(array.block.owner, array.block.release)
-        return array
+        return self._context.allocate((shape,) if isinstance(shape, int) else tuple(shape), as_dtype(dtype))
 
     # Plans
 

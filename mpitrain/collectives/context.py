@@ -155,8 +155,6 @@ class Context:
         problems = [text for text in self.transport.gather_everywhere(problem) if text]
         if not problems and block is not None:
             return SharedArray(dtype, shape, block.typed(dtype.storage, 0, count), self.node.rank, block)
-        if block is not None:
-            block.release()
         if self.rank == 0:
             _log.warning("%s; going on with private memory and messages, which is slower", problems[0])
         return SharedArray.private(dtype, shape)

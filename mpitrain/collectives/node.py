@@ -108,7 +108,6 @@ class Node:
 
     def free(self) -> None:
         """Give back the memory. Every rank of the node must call."""
-        self._block.release()
         self._transport.free()
 
 

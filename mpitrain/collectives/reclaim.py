@@ -1,6 +1,6 @@
 """Frees, on all ranks together, what has been garbage-collected on each of them at its own time.
 
-MPI communicators and shared windows are freed collectively, but a rank's garbage collector runs when it likes. So what
+MPI communicators are freed collectively, but a rank's garbage collector runs when it likes. So what
 is dead on a rank is only noted there; at the next occasion on which all ranks call something together, they compare
 notes and free what is dead on all.
 """

@@ -11,11 +11,12 @@ from typing import Any
 from mpi4py import MPI
 
 from mpitrain.comm.base import Bytes, Transport
+from mpitrain.comm.fence import memory_fence
 from mpitrain.comm.mpi_errors import translate, translated_errors
 from mpitrain.comm.mpi_native import NativeCollectives
 from mpitrain.comm.mpi_request import Request
 from mpitrain.errors import CollectiveMismatchError, CommError, UnavailableError
-from mpitrain.memory import SharedBlock, allocate_window
+from mpitrain.memory import SharedBlock, allocate_mapped
 
 __all__ = ["MPITransport"]
 
@@ -126,8 +127,10 @@ class MPITransport(Transport):
             return self._notices.allgather(value)
 
     def allocate_shared(self, nbytes: int) -> SharedBlock:
-        with translated_errors("shared memory"):
-            return allocate_window(self._notices, nbytes)
+        try:
+            return allocate_mapped(self.rank, nbytes, self.gather_everywhere, memory_fence())
+        except OSError as error:
+            raise CommError(f"shared memory: {error}") from error
 
     def node_leader(self) -> int:
         with translated_errors("node discovery"):

@@ -151,7 +151,7 @@ class ThreadTransport(Transport):
 
     def allocate_shared(self, nbytes: int) -> SharedBlock:
         views = self.gather_everywhere(np.zeros(nbytes, np.uint8))
-        return SharedBlock(views, views[self.rank], fence=_nothing, release=_nothing)
+        return SharedBlock(views, fence=_nothing)
 
     def node_leader(self) -> int:
         node = self.members[self.rank] // self.world.ranks_per_node

@@ -17,7 +17,7 @@ from mpitrain.memory.reduction import (
     scale,
 )
 from mpitrain.memory.scratch import ScratchPool
-from mpitrain.memory.shared import SharedArray, SharedBlock, allocate_window, free_shared_nbytes, total_shared_nbytes
+from mpitrain.memory.shared import SharedArray, SharedBlock, allocate_mapped, free_shared_nbytes, total_shared_nbytes
 
 __all__ = [
     "DTYPES",
@@ -29,7 +29,7 @@ __all__ = [
     "SharedBlock",
     "add_weighted",
     "allocate_like",
-    "allocate_window",
+    "allocate_mapped",
     "as_dtype",
     "check_op",
     "copy_of",

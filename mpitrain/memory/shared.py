@@ -1,30 +1,30 @@
 """Memory that all ranks of a node map: each owns a block and sees the blocks of all others.
 
-The blocks lie in an MPI shared-memory window, which the MPI libraries unlink as soon as every rank has
-mapped it: nothing stays behind however the processes end.
+The blocks lie in a file in memory that loses its name as soon as every rank has mapped it: nothing stays behind
+however the processes end, and each rank gives the memory back by itself, when nothing refers to it any more. (Windows
+of MPI are freed by all ranks together, and those that are left over may keep MPI_Finalize waiting for ever.)
 """
 
 from __future__ import annotations
 
-import ctypes
 import math
+import mmap
 import os
+import pathlib
+import tempfile
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpitrain.memory.dtypes import DType
 
-if TYPE_CHECKING:
-    from mpi4py import MPI
-
-__all__ = ["SharedArray", "SharedBlock", "allocate_window", "free_shared_nbytes", "total_shared_nbytes"]
+__all__ = ["SharedArray", "SharedBlock", "allocate_mapped", "free_shared_nbytes", "total_shared_nbytes"]
 
 # Blocks begin on pages of their own, so that each can lie in memory close to its owner.
 _PAGE_NBYTES = 4096
-_FOLDER = "/dev/shm"  # noqa: S108  (where MPI libraries keep shared memory on Linux; only asked how full it is)
+_FOLDER = "/dev/shm"  # noqa: S108  (where Linux keeps shared memory)
 
 
 class SharedBlock:
@@ -32,23 +32,12 @@ class SharedBlock:
 
     Args:
         views: Each rank's block as bytes, by rank on the node.
-        owner: What this rank's view and all that is made from it keeps alive.
         fence: Full memory barrier: what this rank has written before is seen by whoever sees what it writes after.
-        release: Gives the memory back; every rank of the node must call, when no view is used any more. Further calls
-            do nothing. It does not keep the block alive.
     """
 
-    def __init__(
-        self,
-        views: Sequence[NDArray[np.uint8]],
-        owner: object,
-        fence: Callable[[], None],
-        release: Callable[[], None],
-    ) -> None:
+    def __init__(self, views: Sequence[NDArray[np.uint8]], fence: Callable[[], None]) -> None:
         self.views = list(views)
-        self.owner = owner
         self.fence = fence
-        self.release = release
 
     def typed(self, storage: np.dtype[Any], offset_nbytes: int, count: int) -> list[NDArray[Any]]:
         """Return the same part of every rank's block as arrays of `count` elements."""
@@ -126,46 +115,58 @@ class SharedArray:
         return flat.view(getattr(torch, self.dtype.name)).view(self.shape)
 
 
-def allocate_window(comm: MPI.Intracomm, nbytes: int) -> SharedBlock:
-    """Allocate a block of `nbytes` bytes per rank in a shared-memory window.
+def allocate_mapped(
+    rank: int, nbytes: int, share: Callable[[Any], list[Any]], fence: Callable[[], None]
+) -> SharedBlock:
+    """Allocate a block of `nbytes` bytes per rank in memory that all ranks map; zero at first.
 
     Args:
-        comm: Ranks that share memory; every one of them must call.
+        rank: This rank, among those of `share`.
         nbytes: Size of this rank's block, the same on every rank; at least 1.
+        share: Collects a value of each rank on every rank, all of which are on one node; every one must call.
+        fence: See `SharedBlock`.
 
     Raises:
-        MPI.Exception: The MPI library cannot share memory.
+        OSError: The memory is not to be had; on every rank.
     """
-    from mpi4py import MPI
-
-    info = MPI.Info.Create()
-    info.Set("alloc_shared_noncontig", "true")
     rounded = -(-nbytes // _PAGE_NBYTES) * _PAGE_NBYTES
-    window = MPI.Win.Allocate_shared(rounded, 1, info, comm)
-    info.Free()
-    # Loads and stores need an access epoch; one that lasts for as long as the window does.
-    window.Lock_all(MPI.MODE_NOCHECK)
-    exporters = [_exporter(window.Shared_query(rank)[0], nbytes) for rank in range(comm.Get_size())]
-    views = [np.frombuffer(exporter, np.uint8) for exporter in exporters]
-    fence = window.Sync
-    held = [window]
+    path, problem = "", ""
+    if rank == 0:
+        try:
+            descriptor, path = tempfile.mkstemp(prefix="mpitrain-", dir=_FOLDER)
+            os.close(descriptor)
+        except OSError as error:
+            problem = str(error)
+    answers = share((path, problem))
+    size, (path, problem) = len(answers), answers[0]
+    if problem:
+        raise OSError(problem)
+    mapped = None
+    try:
+        mapped = _map(path, rank, size, rounded)
+    except OSError as error:
+        problem = str(error)
+    problems = [text for text in share(problem) if text]
+    if rank == 0:
+        # All have mapped it or never will: from now on it has no name, and goes with the last who maps it.
+        pathlib.Path(path).unlink()
+    if problems or mapped is None:
+        raise OSError(problems[0])
+    views = [np.frombuffer(mapped, np.uint8, nbytes, owner * rounded) for owner in range(size)]
+    return SharedBlock(views, fence)
 
-    def release() -> None:
-        if held and not MPI.Is_finalized():
-            window = held.pop()
-            window.Unlock_all()
-            window.Free()
 
-    # The owner touches its pages first, which places them.
-    views[comm.Get_rank()][:] = 0
-    fence()
-    comm.Barrier()
-    return SharedBlock(views, exporters[comm.Get_rank()], fence, release)
-
-
-def _exporter(memory: Any, nbytes: int) -> Any:
-    """Return an object over the memory that arrays keep alive, and whose end can be noticed."""
-    return (ctypes.c_ubyte * nbytes).from_buffer(memory)
+def _map(path: str, rank: int, size: int, rounded: int) -> mmap.mmap:
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        # Each rank reserves its own part, which places it close to the rank. Pages that are not to be had are an error
+        # here, and not a signal when they are first touched.
+        os.posix_fallocate(descriptor, rank * rounded, rounded)
+        if os.fstat(descriptor).st_size < size * rounded:
+            os.posix_fallocate(descriptor, size * rounded - 1, 1)
+        return mmap.mmap(descriptor, size * rounded)
+    finally:
+        os.close(descriptor)
 
 
 def free_shared_nbytes() -> int | None:

@@ -186,22 +186,20 @@ def test_a_process_may_wrap_its_optimizer_while_the_others_are_elsewhere():
 
 @needs_peers
 def test_shutdown_and_init_give_back_communicators_and_memory(monkeypatch):
-    communicators, windows, released = [], [], []
-    duplicate, allocate = mpi._duplicate, mpi.allocate_window
+    communicators, blocks = [], weakref.WeakSet()
+    duplicate, allocate = mpi._duplicate, mpi.allocate_mapped
 
     def noted_duplicate(comm):
         communicators.append(duplicate(comm))
         return communicators[-1]
 
-    def noted_window(comm, nbytes):
-        block = allocate(comm, nbytes)
-        windows.append(block.release)
-        release = block.release
-        block.release = lambda: (released.append(release), release())
+    def noted_block(*arguments):
+        block = allocate(*arguments)
+        blocks.add(block)
         return block
 
     monkeypatch.setattr(mpi, "_duplicate", noted_duplicate)
-    monkeypatch.setattr(mpi, "allocate_window", noted_window)
+    monkeypatch.setattr(mpi, "allocate_mapped", noted_block)
     model, optimizer, _, _ = pair()
     living = []
     for cycle in range(6):
@@ -216,7 +214,7 @@ def test_shutdown_and_init_give_back_communicators_and_memory(monkeypatch):
         hvd.shutdown()
         hvd.init()
         gc.collect()
-        living.append((sum(comm != MPI.COMM_NULL for comm in communicators), len(windows) - len(released)))
+        living.append((sum(comm != MPI.COMM_NULL for comm in communicators), len(blocks)))
     # What the last two worlds have may still be needed, by gradients for example; what was before is gone.
     assert living[-1] == living[-3], living
     assert living[-2] == living[-4], living
