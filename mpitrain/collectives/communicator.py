@@ -14,7 +14,7 @@ from mpitrain.collectives.agreement import agree, check_same_settings
 from mpitrain.collectives.context import Context
 from mpitrain.collectives.departure import watch_exit
 from mpitrain.collectives.executor import Task
-from mpitrain.collectives.objects import exchange_pickled
+from mpitrain.collectives.objects import exchange_pickled, plan_root
 from mpitrain.collectives.observer import Observer
 from mpitrain.collectives.peers import PeerWatch
 from mpitrain.collectives.persistent import PersistentPlan
@@ -162,7 +162,7 @@ class Communicator(Collectives):
         Raises:
             ValueError: The root's value cannot be pickled, on every rank; or the root is out of range.
         """
-        self._run(_plan_root, "broadcast_obj", root)
+        self._run(plan_root, "broadcast_obj", root)
         values = exchange_pickled(self, self.rank, value if self.rank == root else None)
         return value if self.rank == root else pickle.loads(values[root])
 
@@ -204,7 +204,8 @@ class Communicator(Collectives):
         plan = self._try(make_plan, arguments, options, blocking=True)
         result = self.engine.drive(self._call(plan, blocking=True, check=self.settings.check))
         if plan.small is not None:
-            self._quick.remember(arguments[0], options["op"], options["algorithm"], self.quick(plan, plan.small))
+            signature = (arguments[0], options["op"], options["algorithm"])
+            self._quick.remember(*signature, self.quick(plan, plan.small), in_place=options.get("in_place", False))
         return result
 
     def _start(self, make_plan: Callable[..., Plan[Result]], *arguments: Any, **options: Any) -> Handle[Result]:
@@ -259,6 +260,8 @@ class Communicator(Collectives):
             self._traffic.nbytes += plan.nbytes
             ticket = context.native_order.take_ticket() if starts_native else -1
             staging_ticket = context.staging_order.take_ticket() if plan.uses_staging else -1
+            if plan.uses_flags:
+                context.flag_users.enter(index)
         call = self.call_of(index)._replace(blocking=blocking, ticket=ticket, staging_ticket=staging_ticket)
         return self._task(plan, call, index, check=check)
 
@@ -271,6 +274,8 @@ class Communicator(Collectives):
                 if disagreement := (yield from self._watch.guard(agreement, plan.description, index)):
                     # All ranks know and nothing was started, so the communicator stays usable.
                     raise CollectiveMismatchError(disagreement)
+            if plan.uses_flags:
+                yield from self._watch.guard(self._context.flag_users.turn(index), plan.description, index)
             task = plan.task(call) if call.trace is None else call.trace.watch(plan.task(call))
             return (yield from self._watch.guard(task, plan.description, index))
         finally:
@@ -282,6 +287,8 @@ class Communicator(Collectives):
                 self._context.native_order.give_back(call.ticket)
             if call.staging_ticket >= 0:
                 self._context.staging_order.give_back(call.staging_ticket)
+            if plan.uses_flags:
+                self._context.flag_users.leave(index)
 
     # What calls without a plan need, see the module of that name
 
@@ -388,9 +395,5 @@ class Communicator(Collectives):
         """Release the communicator. Every rank must call, when no operation is in flight."""
         if not self._freed:
             self._freed = True
+            self._watch.revoked = self._watch.revoked or "this rank, which has freed it"
             self._context.free()
-
-
-def _plan_root(context: Context, subject: str, root: int) -> Plan[None]:
-    context.check_root(subject, root)
-    return empty_plan(f"{subject} from root {root}")

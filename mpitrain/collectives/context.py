@@ -16,7 +16,7 @@ from mpitrain.collectives.choice import AlgorithmChoice
 from mpitrain.collectives.direct import Across, shared_allreduce, staged_allreduce
 from mpitrain.collectives.executor import Task, execute
 from mpitrain.collectives.layout import Layout
-from mpitrain.collectives.node import Node, make_node
+from mpitrain.collectives.node import FlagUsers, Node, make_node
 from mpitrain.collectives.observed import ObservedAcross, observed_node
 from mpitrain.collectives.plan import Call
 from mpitrain.collectives.program import Program, compile_program
@@ -158,6 +158,12 @@ class Context:
         if self.rank == 0:
             _log.warning("%s; going on with private memory and messages, which is slower", problems[0])
         return SharedArray.private(dtype, shape)
+
+    @property
+    def flag_users(self) -> FlagUsers:
+        """The calls in flight that use the flags of the node."""
+        assert self.node is not None
+        return self.node.flag_users
 
     def run_shared(self, array: SharedArray, reduction: Reduction, call: Call) -> Task[None]:
         """Return the task that reduces an array which lies in the node's memory."""

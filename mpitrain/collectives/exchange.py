@@ -201,7 +201,7 @@ def plan_exchange(
             yield from wait(node.flags, _TAKEN, call.number + 1)
             return result()
 
-        return Plan(f"{description} in shared memory", from_shared, nbytes=nbytes)
+        return Plan(f"{description} in shared memory", from_shared, uses_flags=True, nbytes=nbytes)
     if blocking and nbytes <= meeting.slot_nbytes:
         slots = meeting.parts(storage, brought_count)
 
@@ -221,7 +221,7 @@ def plan_exchange(
         yield from _staged(context, exchange, storage, call.number + 1)
         return result()
 
-    return Plan(f"{description} through staging memory", staged, uses_staging=True, nbytes=nbytes)
+    return Plan(f"{description} through staging memory", staged, uses_staging=True, uses_flags=True, nbytes=nbytes)
 
 
 def _staged(context: Context, exchange: Exchange, storage: np.dtype[Any], number: int) -> Task[None]:

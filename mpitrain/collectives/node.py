@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import logging
+import threading
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mpitrain.collectives.executor import Task
 from mpitrain.collectives.meeting import Meeting, meeting_nbytes
 from mpitrain.comm import Topology, Transport
 from mpitrain.config import Settings
 from mpitrain.errors import CommError, UnavailableError
 from mpitrain.memory import SharedBlock, free_shared_nbytes
 
-__all__ = ["Flags", "Node", "make_node"]
+__all__ = ["FlagUsers", "Flags", "Node", "make_node"]
 
 _log = logging.getLogger("mpitrain")
 
 # A flag has a cache line of its own, so that setting one does not disturb the readers of another.
 _FLAG_NBYTES = 64
 _FLAG_STRIDE = _FLAG_NBYTES // 8
-# More than there can be operations in flight at once.
+# Operations that are in flight at once; more wait for their turn.
 _NUM_SLOTS = 128
 _NUM_PHASES = 3
 _FLAGS_NBYTES = _NUM_SLOTS * _NUM_PHASES * _FLAG_NBYTES
 # Of the staging memory; blocking calls have slots of their own, of this size, for what is not staged in pieces.
 _SLOT_SHARE = 2
+# For each rank, so that pieces of any dtype have a place for every owner.
+_LEAST_STAGED_NBYTES = 256
 _SLOT_GRAIN_NBYTES = 64
 # Parts of an operation that flags can tell apart.
 _MOST_PARTS = 1 << 32
@@ -73,6 +77,35 @@ class Flags:
         return (phase * _NUM_SLOTS + number % _NUM_SLOTS) * _FLAG_STRIDE
 
 
+class FlagUsers:
+    """The calls in flight on this rank that use flags, by number: so that a slot has one user at a time.
+
+    It is enough to look at this rank: whoever has ended a call sees the larger number of a later one as its own.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._numbers: set[int] = set()
+
+    def enter(self, number: int) -> None:
+        """Note a call; its flags may be used when it is its `turn`."""
+        with self._lock:
+            self._numbers.add(number)
+
+    def leave(self, number: int) -> None:
+        """The call has ended, or never begins."""
+        with self._lock:
+            self._numbers.discard(number)
+
+    def turn(self, number: int) -> Task[None]:
+        """Wait until the call that had the slot before has ended."""
+        while True:
+            with self._lock:
+                if min(self._numbers) > number - _NUM_SLOTS:
+                    return
+            yield False
+
+
 class Node:
     """What the ranks of one node share.
 
@@ -85,10 +118,12 @@ class Node:
         self._transport = transport
         self.rank = transport.rank
         self.size = transport.size
+        staging_nbytes = max(staging_nbytes, _LEAST_STAGED_NBYTES * transport.size)
         slot_nbytes = staging_nbytes // _SLOT_SHARE // _SLOT_GRAIN_NBYTES * _SLOT_GRAIN_NBYTES
         self._staging_offset = _FLAGS_NBYTES + meeting_nbytes(slot_nbytes)
         self._block = _allocate(transport, self._staging_offset + staging_nbytes)
         self.flags = Flags(self._block, self.rank)
+        self.flag_users = FlagUsers()
         self.meeting = Meeting(self._block, self.rank, _FLAGS_NBYTES, slot_nbytes)
         self.staging_nbytes = staging_nbytes
         # Operation and piece that used the staging memory last; at first, one that nobody waits for.

@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mpitrain.collectives.context import Context
+from mpitrain.collectives.plan import Plan, empty_plan
 from mpitrain.collectives.verbs import Collectives
 
-__all__ = ["exchange_pickled", "try_pickle"]
+__all__ = ["exchange_pickled", "plan_root", "try_pickle"]
 
 
 def try_pickle(value: Any) -> tuple[bytes, str]:
@@ -57,3 +59,9 @@ def _allgather_bytes(comm: Collectives, data: bytes, lengths: NDArray[np.int64])
     everything = comm.allgather(np.frombuffer(data, np.uint8), rows=rows)
     ends = list(accumulate(rows))
     return [everything[end - length : end].tobytes() for end, length in zip(ends, rows, strict=True)]
+
+
+def plan_root(context: Context, subject: str, root: int) -> Plan[None]:
+    """Prepare nothing but the check of a root, which is the same on all ranks."""
+    context.check_root(subject, root)
+    return empty_plan(f"{subject} from root {root}")

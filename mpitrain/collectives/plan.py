@@ -44,6 +44,7 @@ class Plan(Generic[Result]):
         task: Makes the task of one run.
         uses_native: Whether the task starts a collective of the MPI library.
         uses_staging: Whether the task uses the node's staging memory.
+        uses_flags: Whether the task uses the flags of the node.
         nbytes: Bytes of what this rank brings.
         bring: Writes what this rank brings to the meeting of the node's ranks; the task begins when all have come. For
             blocking calls where there is a meeting.
@@ -54,6 +55,7 @@ class Plan(Generic[Result]):
     task: Callable[[Call], Task[Result]]
     uses_native: bool = False
     uses_staging: bool = False
+    uses_flags: bool = False
     nbytes: int = 0
     bring: Callable[[], None] | None = None
     small: SmallAllreduce | None = None

@@ -82,8 +82,8 @@ class QuickAllreduce:
         small, meeting = self._small, self._meeting
         recorder = self._caller.engine.recorder
         began_ns = 0 if recorder is None else time.monotonic_ns()
-        index = self._caller.take_number(data.nbytes)
         try:
+            index = self._caller.take_number(data.nbytes)
             if small.is_whole:
                 if not meeting.come(self._digest, small.own, data, self._polls):
                     self._wait(index)
@@ -115,10 +115,10 @@ class QuickCalls:
     def __init__(self) -> None:
         self._known: dict[Any, QuickAllreduce] = {}
 
-    def find(self, array: Any, op: Any, algorithm: str) -> tuple[QuickAllreduce | None, Any]:
+    def find(self, array: Any, op: Any, algorithm: str, *, in_place: bool) -> tuple[QuickAllreduce | None, Any]:
         """Return how to reduce `array`, and a flat view of it; None where it has to go the general way."""
         try:
-            quick = self._known[type(array), array.dtype, array.shape, op, algorithm]
+            quick = self._known[type(array), array.dtype, array.shape, op, algorithm, in_place]
         except (AttributeError, KeyError, TypeError):
             return None, array
         host = array if type(array) is np.ndarray else array.flat if type(array) is SharedArray else _host(array)
@@ -127,13 +127,13 @@ class QuickCalls:
             return None, array
         return quick, host if host.ndim == 1 else host.reshape(-1)
 
-    def remember(self, array: Any, op: Any, algorithm: str, quick: QuickAllreduce) -> None:
+    def remember(self, array: Any, op: Any, algorithm: str, quick: QuickAllreduce, *, in_place: bool) -> None:
         """Find it from now on, if the kind of array is one that can be looked at quickly."""
         if type(array) not in (np.ndarray, SharedArray) and _host(array) is None:
             return
         if len(self._known) >= _MOST_SIGNATURES:
             self._known.clear()
-        self._known[type(array), array.dtype, array.shape, op, algorithm] = quick
+        self._known[type(array), array.dtype, array.shape, op, algorithm, in_place] = quick
 
 
 def _host(array: Any) -> NDArray[Any] | None:

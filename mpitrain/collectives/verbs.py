@@ -59,7 +59,7 @@ class Collectives(abc.ABC):
         `parts` is for "adasum", which does not work element by element: counts of the vectors that `array` holds one
         after another, each of which is combined by itself. Same on every rank.
         """
-        quick, data = self._quick.find(array, op, algorithm)
+        quick, data = self._quick.find(array, op, algorithm, in_place=False)
         if quick is None or parts is not None:
             return self._run(operations.plan_allreduce, array, op=op, algorithm=algorithm, parts=parts)
         if type(array) is np.ndarray:
@@ -80,7 +80,7 @@ class Collectives(abc.ABC):
         parts: Sequence[int] | None = None,
     ) -> Any:
         """Reduce the arrays of all ranks in place; every rank returns its own `array`. See `allreduce`."""
-        quick, data = self._quick.find(array, op, algorithm)
+        quick, data = self._quick.find(array, op, algorithm, in_place=True)
         if quick is None or parts is not None:
             return self._run(operations.plan_allreduce, array, op=op, algorithm=algorithm, parts=parts, in_place=True)
         quick.run(data, data)

@@ -134,8 +134,15 @@ class Steps:
     def stand_in_of(self, name: str) -> Callable[[], None]:
         """Return what a rank that has joined does for a step of this name."""
         number, count = map(int, name.split(".")[1:])
+        if count <= self._counts[number]:
+            # This rank made the step with data before it joined, and another one is not through with it yet.
+            return _nothing
         self._counts[number] = count
         stand_in = self._stand_ins[number]()
         if stand_in is None:
             raise RuntimeError(f"{name}: what makes these steps is gone on this rank; keep the optimizer until join")
         return stand_in
+
+
+def _nothing() -> None:
+    pass

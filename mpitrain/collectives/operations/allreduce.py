@@ -106,4 +106,4 @@ def _plan_in_node(
         return view.owner
 
     place = "in shared memory" if shared is not None else "through staging memory"
-    return Plan(f"{description} {place}", task, uses_staging=shared is None, nbytes=view.nbytes)
+    return Plan(f"{description} {place}", task, uses_staging=shared is None, uses_flags=True, nbytes=view.nbytes)

@@ -119,3 +119,28 @@ def test_many_operations_in_flight_take_turns_with_the_staging_memory() -> None:
             parts = [content(rank + index, 100 + index) for rank in range(3)]
             assert np.array_equal(result, np.concatenate(parts))
         assert np.array_equal(last, total(3, 900))
+
+
+def test_more_operations_in_flight_than_flags_have_slots() -> None:
+    def body(comm: Communicator) -> list[float]:
+        buffers = [comm.allocate(8, "float32") for _ in range(3)]
+        for buffer in buffers:
+            buffer.numpy()[:] = comm.rank
+        handles = [comm.allreduce_async(buffers[index % 3], algorithm="direct") for index in range(300)]
+        handles += [comm.reduce_async(buffers[index % 3], algorithm="direct") for index in range(300)]
+        # Quick calls take numbers as well.
+        results = [float(comm.allreduce_(np.full(2, float(turn)), algorithm="direct")[0]) for turn in range(300)]
+        for handle in handles:
+            handle.wait(30)
+        return results
+
+    for results in run_communicators(2, body, settings=SETTINGS):
+        assert results == [2.0 * turn for turn in range(300)]
+
+
+def test_tiny_staging_memory_has_room_for_every_owner() -> None:
+    def body(comm: Communicator) -> np.ndarray:
+        return call(comm, "async", "reduce_scatter", content(comm.rank, 101).astype(np.float64))
+
+    for rank, result in enumerate(run_communicators(3, body, settings=Settings(wait="sleep", staging_nbytes=24))):
+        assert np.array_equal(result, np.array_split(total(3, 101), 3)[rank])

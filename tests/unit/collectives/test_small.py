@@ -154,7 +154,7 @@ def test_a_failure_on_the_way_gives_the_communicator_up(monkeypatch: pytest.Monk
         array = np.zeros(3)
         comm.allreduce_(array, algorithm="direct")
         if comm.rank == 0:
-            quick, _ = comm._quick.find(array, "sum", "direct")
+            quick, _ = comm._quick.find(array, "sum", "direct", in_place=True)
             assert quick is not None
             quick._small.take_whole = lambda result: 1 / 0  # type: ignore[method-assign]
         first = outcome(lambda: comm.allreduce_(array, algorithm="direct"))
@@ -165,3 +165,37 @@ def test_a_failure_on_the_way_gives_the_communicator_up(monkeypatch: pytest.Monk
     assert isinstance(first, ZeroDivisionError)
     assert isinstance(second, CommRevokedError)
     assert isinstance(other, CommRevokedError)
+
+
+def test_a_freed_communicator_refuses_calls() -> None:
+    def body(comm: Communicator) -> tuple[object, object]:
+        other = comm.duplicate()
+        array = np.zeros(3)
+        other.allreduce_(array, algorithm="direct")
+        plan = other.plan_allreduce_(array, algorithm="direct")
+        other.free()
+        return outcome(lambda: other.allreduce_(array, algorithm="direct")), outcome(plan.run)
+
+    for errors in run_communicators(2, body, settings=SETTINGS):
+        for error in errors:
+            assert isinstance(error, CommRevokedError)
+            assert "freed" in str(error)
+
+
+def test_in_place_and_not_are_kept_apart() -> None:
+    """A shared array above what every rank reduces whole is copied in one form, and left where it lies in the other."""
+
+    def body(comm: Communicator) -> list[float]:
+        shared = comm.allocate(400, "float32")
+        results = []
+        for turn in range(3):
+            shared.numpy()[:] = comm.rank + turn
+            op = "sum" if (comm.rank + turn) % 2 else 1
+            results.append(float(comm.allreduce(shared, op=op, algorithm="direct").numpy()[0]))
+            comm.allreduce_(shared, op="sum", algorithm="direct")
+            results.append(float(shared.numpy()[-1]))
+        return results
+
+    settings = Settings(wait="sleep", staging_nbytes=8192)
+    for results in run_communicators(2, body, settings=settings):
+        assert results == [1.0, 1.0, 3.0, 3.0, 5.0, 5.0]
