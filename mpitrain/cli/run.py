@@ -124,7 +124,7 @@ def run(
     if outcome.failure is not None:
         failure = outcome.failure
         click.echo(
-            f"mpitrain: rank {failure.rank} on {failure.host} failed first, with status {failure.status}; "
+            f"mpitrain: rank {failure.rank} on {failure.host} ended first with a failure, status {failure.status}; "
             "the others were stopped",
             err=True,
         )

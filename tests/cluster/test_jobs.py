@@ -81,7 +81,7 @@ def test_mpitrain_run_with_hosts_trains_as_one_process_does(cluster, mpi):
 def test_mpitrain_run_gives_the_status_of_a_rank_that_fails_elsewhere(cluster, mpi):
     done = run_on_head(cluster, [*mpitrain_run("-H", "node0:1,node1:1,node2:1"), "failing"])
     assert done.returncode == 7
-    assert "mpitrain: rank 2 on node2 failed first, with status 7" in done.stderr
+    assert "mpitrain: rank 2 on node2 ended first with a failure, status 7" in done.stderr
 
 
 @pytest.mark.parametrize(

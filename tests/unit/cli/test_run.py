@@ -92,7 +92,7 @@ def test_slurm_runs_the_ranks_and_the_first_failure_is_the_status(srun):
     assert sorted(done.stdout.splitlines()) == [f"[{rank}] up ring {Path.cwd() / 't.json'}" for rank in range(3)]
     assert done.returncode == 7
     assert done.stderr.startswith("mpitrain: rank 2 on ")
-    assert done.stderr.endswith(" failed first, with status 7; the others were stopped\n")
+    assert done.stderr.endswith(" ended first with a failure, status 7; the others were stopped\n")
 
 
 @pytest.mark.parametrize(
