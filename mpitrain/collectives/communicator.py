@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mpitrain.collectives import operations
 from mpitrain.collectives.agreement import agree, check_same_settings
+from mpitrain.collectives.calls import Calls
 from mpitrain.collectives.context import Context
 from mpitrain.collectives.departure import watch_exit
 from mpitrain.collectives.executor import Task
@@ -79,13 +79,10 @@ class Communicator(Collectives):
         self.topology = Topology.discover(transport)
         self.engine = engine or ProgressEngine.for_node(self.settings, self.topology)
         self._context = Context(transport, self.topology, self.settings, table)
-        self._watch = PeerWatch(transport, self.settings)
+        self._calls = Calls()
+        self._watch = PeerWatch(transport, self.settings, self._calls)
         self._reclaimer = self._context.reclaimer
         self._quick = QuickCalls()
-        # Calls are counted by who makes them, and down again by who ends them, mostly the progress thread.
-        self._lock = threading.Lock()
-        self._calls = 0
-        self._in_flight = 0
         self._freed = False
         self._observer = Observer(self.topology, self.settings, self.engine, self._watch)
         self._traffic, self.timeline = self._observer.traffic, self._observer.timeline
@@ -234,7 +231,7 @@ class Communicator(Collectives):
         *,
         blocking: bool,
     ) -> Plan[Result]:
-        self._watch.check()
+        self._watch.check(self._calls.number)
         try:
             return make_plan(self._context, *arguments, **options)
         except Exception as error:
@@ -248,14 +245,12 @@ class Communicator(Collectives):
 
     def _call(self, plan: Plan[Result], *, blocking: bool, check: bool) -> Task[Result]:
         """Return the guarded task of one call; taking its number here keeps calls in order on all ranks."""
-        self._watch.check()
+        self._watch.check(self._calls.number)
         context = self._context
         agrees_natively = check and blocking and context.meeting is None
         starts_native = context.has_native and (plan.uses_native or agrees_natively)
-        with self._lock:
-            index = self._calls
-            self._calls += 1
-            self._in_flight += 1
+        with self._calls.lock:
+            index = self._calls.begin()
             self._traffic.operations += 1
             self._traffic.nbytes += plan.nbytes
             ticket = context.native_order.take_ticket() if starts_native else -1
@@ -281,8 +276,7 @@ class Communicator(Collectives):
         finally:
             if call.trace is not None:
                 call.trace.end()
-            with self._lock:
-                self._in_flight -= 1
+            self._calls.end(index)
             if call.ticket >= 0:
                 self._context.native_order.give_back(call.ticket)
             if call.staging_ticket >= 0:
@@ -299,10 +293,11 @@ class Communicator(Collectives):
     def take_number(self, nbytes: int) -> int:
         """Return the number of the next call, which begins now."""
         if self._watch.revoked is not None:
-            self._watch.check()
-        with self._lock:
-            index = self._calls
-            self._calls = index + 1
+            self._watch.check(self._calls.number)
+        calls = self._calls
+        with calls.lock:
+            index = calls.number
+            calls.number = index + 1
             self._traffic.operations += 1
             self._traffic.nbytes += nbytes
         return index
@@ -310,6 +305,10 @@ class Communicator(Collectives):
     def call_of(self, index: int) -> Call:
         """Return the blocking call of a number, with the tag of its messages."""
         return Call(index % min(self.transport.max_tag, _MOST_TAGS), blocking=True, number=index)
+
+    def give_up(self, reason: str, index: int) -> None:
+        """Let all ranks know that a call has failed here."""
+        self._watch.give_up(reason, index)
 
     def drive(self, task: Task[Any], description: str, index: int) -> Any:
         """Run a task of a call to its end; it raises when it cannot end."""
@@ -374,13 +373,14 @@ class Communicator(Collectives):
         self._watch.idle_functions.append(weakref.WeakMethod(function))
 
     def leave(self, reason: str) -> None:
-        """Tell the other ranks that this one calls no further operation, so that none waits for it in vain."""
+        """Tell the other ranks that this one calls no further operation, so that none waits for it in vain.
+
+        What is in flight here is given up. Earlier operations are not disturbed on ranks that are still busy with them.
+        """
         for reference in self._leave_functions:
             if function := reference():
                 function(reason)
-        if self._in_flight:
-            self._watch.revoke(reason)
-        self._watch.leave(self._calls, reason)
+        self._watch.leave(reason)
 
     def await_departures(self, limit_s: float) -> bool:
         """Whether all other ranks have left, or leave within so many seconds."""
@@ -395,5 +395,5 @@ class Communicator(Collectives):
         """Release the communicator. Every rank must call, when no operation is in flight."""
         if not self._freed:
             self._freed = True
-            self._watch.revoked = self._watch.revoked or "this rank, which has freed it"
+            self._watch.close("this rank, which has freed it")
             self._context.free()

@@ -1,7 +1,8 @@
 """News about the other ranks of a communicator: who gave it up, who left, and who is waited for.
 
 A rank that meets an error tells all others at once, so that they raise instead of waiting for it; so does a rank that
-leaves the job. The others look for such news only while they wait and nothing moves, so it costs nothing otherwise.
+leaves the job. Either says from which operation on: those before it need nothing more of that rank, though another may
+still be busy with them. Others look for news only while they wait and nothing moves, so it costs nothing otherwise.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import weakref
 from collections.abc import Callable
 from typing import TypeVar
 
+from mpitrain.collectives.calls import Calls
 from mpitrain.collectives.executor import Task
 from mpitrain.comm import Transport
 from mpitrain.config import Settings
@@ -33,18 +35,26 @@ _INTERVAL_S = 0.02
 class PeerWatch:
     """Sends and receives the news of one communicator.
 
+    Args:
+        transport: Of its ranks.
+        settings: Of the communicator.
+        calls: The operations of this rank.
+
     Attributes:
         revoked: Why it was given up; None if it was not.
+        revoked_from: The first operation that cannot be completed because of that.
     """
 
-    def __init__(self, transport: Transport, settings: Settings) -> None:
+    def __init__(self, transport: Transport, settings: Settings, calls: Calls) -> None:
         self._transport = transport
         self._settings = settings
+        self._calls = calls
         self._lock = threading.Lock()
         # One thread at a time reads news, so that they are taken in their order.
         self._reading = threading.Lock()
         self._subscribers: dict[bytes, Callable[[int, bytes], None]] = {}
         self.revoked: str | None = None
+        self.revoked_from = 0
         self._left: dict[int, tuple[int, str]] = {}
         # The latest operation, for those who ask; and who is told, with its number and seconds, of one that stalls.
         self.latest = ""
@@ -52,17 +62,36 @@ class PeerWatch:
         # Bound methods, held weakly.
         self.idle_functions: list[weakref.WeakMethod[Callable[[], None]]] = []
 
-    def revoke(self, reason: str) -> None:
-        """Give the communicator up, here and on all ranks."""
-        with self._lock:
-            if self.revoked is not None:
-                return
-            self.revoked = f"rank {self._transport.rank}: {reason}"
-        self._tell_all(_REVOKED + reason.encode())
+    def revoke(self, reason: str, call_index: int = 0) -> None:
+        """Give the communicator up, here and on all ranks, from this operation on."""
+        if self._note_revoked(f"rank {self._transport.rank}: {reason}", call_index):
+            self._tell_all(_REVOKED + f"{call_index} {reason}".encode())
 
-    def leave(self, num_calls: int, reason: str) -> None:
-        """Tell all others that this rank, after `num_calls` operations, takes part in no further one."""
-        self._tell_all(_LEFT + f"{num_calls} {reason}".encode())
+    def give_up(self, reason: str, call_index: int) -> None:
+        """Revoke because of an operation that has failed: it, and what else is in flight here, ends on all ranks.
+
+        What this rank has completed before is not disturbed where others are still busy with it.
+        """
+        self.revoke(reason, min(call_index, self._calls.first_unfinished()))
+
+    def leave(self, reason: str) -> None:
+        """Tell all others that this rank takes part in no further operation; what is in flight here ends."""
+        call_index = self._calls.first_unfinished()
+        if call_index < self._calls.number:
+            self._note_revoked(f"rank {self._transport.rank}: {reason}", call_index)
+        self._tell_all(_LEFT + f"{call_index} {reason}".encode())
+
+    def close(self, reason: str) -> None:
+        """Refuse all operations of this rank, without a word to the others."""
+        self._note_revoked(reason, 0)
+
+    def _note_revoked(self, reason: str, call_index: int) -> bool:
+        """Whether that ends operations which had not been given up before."""
+        with self._lock:
+            if self.revoked is not None and self.revoked_from <= call_index:
+                return False
+            self.revoked, self.revoked_from = self.revoked or reason, call_index
+            return True
 
     def subscribe(self, topic: bytes, receive: Callable[[int, bytes], None]) -> None:
         """Have `receive(source, news)` called for the news of a topic, a word."""
@@ -102,25 +131,25 @@ class PeerWatch:
                 self._take(source, news)
 
     def _take(self, source: int, news: bytes) -> None:
-        with self._lock:
-            if news.startswith(_REVOKED):
-                self.revoked = self.revoked or f"rank {source}: {news[len(_REVOKED) :].decode()}"
-                return
-            if news.startswith(_LEFT):
-                num_calls, _, reason = news[len(_LEFT) :].decode().partition(" ")
-                self._left[source] = (int(num_calls), reason)
-                return
+        if news.startswith((_REVOKED, _LEFT)):
+            kind, call_index, reason = news.decode().split(" ", 2)
+            if kind.encode() + b" " == _REVOKED:
+                self._note_revoked(f"rank {source}: {reason}", int(call_index))
+            else:
+                with self._lock:
+                    self._left[source] = (int(call_index), reason)
+            return
         topic, _, rest = news.partition(b" ")
         if receive := self._subscribers.get(topic):
             receive(source, rest)
 
-    def check(self) -> None:
-        """Refuse to go on with a communicator that was given up.
+    def check(self, call_index: int) -> None:
+        """Refuse to go on with an operation if the communicator was given up before it.
 
         Raises:
             CommRevokedError: It was.
         """
-        if self.revoked is not None:
+        if self.revoked is not None and call_index >= self.revoked_from:
             raise CommRevokedError(
                 f"rank {self._transport.rank}/{self._transport.size}: communicator was given up by "
                 f"{self.revoked}; make a new one to go on"
@@ -164,19 +193,19 @@ class PeerWatch:
         except BaseException as error:
             # Interrupted or dropped half way, the operation cannot be taken up again: the others must know as well.
             task.close()
-            self.revoke(f"{description}: {text_of(error)}")
+            self.give_up(f"{description}: {text_of(error)}", call_index)
             raise
 
     def _look(self, idle_s: float, description: str, call_index: int) -> None:
         self.read_news()
-        self.check()
+        self.check(call_index)
         for reference in self.idle_functions:
             if function := reference():
                 function()
         who = f"rank {self._transport.rank}/{self._transport.size}, {description}"
         # Whoever left after this operation has done its part of it, even if that is still under way.
         with self._lock:
-            missing = {rank: reason for rank, (num_calls, reason) in self._left.items() if num_calls <= call_index}
+            missing = {rank: reason for rank, (first, reason) in self._left.items() if first <= call_index}
         if missing:
             reasons = "; ".join(f"rank {rank} {reason}" for rank, reason in sorted(missing.items()))
             raise RankFailedError(f"{who}: cannot complete without ranks that have left: {reasons}")

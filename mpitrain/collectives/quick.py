@@ -40,7 +40,7 @@ class Caller(Protocol):
     def take_number(self, nbytes: int) -> int:
         """Return the number of the next call, which begins now."""
 
-    def revoke(self, reason: str) -> None:
+    def give_up(self, reason: str, index: int) -> None:
         """Give the communicator up."""
 
     def drive(self, task: Task[Any], description: str, index: int) -> Any:
@@ -82,8 +82,8 @@ class QuickAllreduce:
         small, meeting = self._small, self._meeting
         recorder = self._caller.engine.recorder
         began_ns = 0 if recorder is None else time.monotonic_ns()
+        index = self._caller.take_number(data.nbytes)
         try:
-            index = self._caller.take_number(data.nbytes)
             if small.is_whole:
                 if not meeting.come(self._digest, small.own, data, self._polls):
                     self._wait(index)
@@ -96,7 +96,7 @@ class QuickAllreduce:
         except CollectiveMismatchError:
             raise  # all ranks know
         except BaseException as error:
-            self._caller.revoke(f"{self._description}: {text_of(error)}")
+            self._caller.give_up(f"{self._description}: {text_of(error)}", index)
             raise
         if recorder is not None:
             recorder.add("allreduce", began_ns, time.monotonic_ns(), self._description)

@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from mpitrain.collectives.calls import Calls
 from mpitrain.config import Settings
 from mpitrain.errors import (
     CollectiveMismatchError,
@@ -168,6 +169,37 @@ def test_rank_that_leaves_after_its_part_does_not_spoil_the_operation():
         np.testing.assert_array_equal(result, np.arange(5.0))
 
 
+@pytest.mark.parametrize("end", ["leave", "interrupt"])
+def test_what_ends_in_a_later_operation_does_not_spoil_an_earlier_one(end, monkeypatch):
+    # Rank 2 has done its part of the broadcast, and begun and given up the all-reduce, before rank 1 begins at all.
+    begun = threading.Event()
+
+    def body(comm):
+        if comm.rank == 1:
+            begun.wait(SOON_S)
+            comm._watch.read_news()  # as whoever waits does
+            array = comm.broadcast(np.zeros(5), root=2, algorithm="binomial")
+            return array, outcome(lambda: comm.allreduce(array, algorithm="ring"))
+        array = comm.broadcast(np.arange(5.0), root=2, algorithm="binomial")
+        if comm.rank == 0:
+            return array, outcome(lambda: comm.allreduce(array, algorithm="ring"))
+        handle = comm.allreduce_async(array, algorithm="ring")
+        if end == "leave":
+            comm.leave("has gone fishing")
+        else:
+            monkeypatch.setattr(comm.transport, "test_some", interrupted)
+            outcome(handle.wait)
+        begun.set()
+        return array, outcome(lambda: comm.allreduce(array, algorithm="ring"))
+
+    def interrupted(_requests):
+        raise MemoryError("no room")
+
+    for array, error in soon(3, body, settings=UNCHECKED):
+        np.testing.assert_array_equal(array, np.arange(5.0))
+        assert isinstance(error, CommError)
+
+
 def test_rank_that_leaves_in_the_middle_of_an_operation_gives_the_communicator_up():
     def body(comm):
         if comm.rank == 0:
@@ -301,7 +333,7 @@ def test_news_may_arrive_while_another_thread_reads_it():
             self.next += 1
             return [(source, b"left 9 has finished")]
 
-    watch = PeerWatch(Transport(), Settings())
+    watch = PeerWatch(Transport(), Settings(), Calls())
     errors = []
 
     def look():
