@@ -13,7 +13,7 @@ import rich.text
 
 from mpitrain.cli.console import make_console
 from mpitrain.cli.job import JobError
-from mpitrain.config import copy_environment, prepare_mpi_wheel
+from mpitrain.config import copy_environment
 from mpitrain.doctor import (
     Finding,
     can_train,
@@ -53,7 +53,6 @@ def doctor(*, hosts: str | None, hostfile: Path | None, as_json: bool) -> int:
         listed = parse_hosts(hosts) if hosts else read_hostfile(hostfile) if hostfile else []
     except LaunchError as error:
         raise JobError(str(error), is_speaker=True) from error
-    prepare_mpi_wheel()
     in_job = is_rank(copy_environment())
     findings = check_packages()
     problem = "" if in_job else why_mpi_does_not_start()

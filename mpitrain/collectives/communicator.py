@@ -27,7 +27,7 @@ from mpitrain.collectives.table import Table
 from mpitrain.collectives.table_file import load_table
 from mpitrain.collectives.verbs import Collectives
 from mpitrain.comm import Topology, Transport
-from mpitrain.config import Settings, prepare_mpi_wheel
+from mpitrain.config import Settings
 from mpitrain.errors import CollectiveMismatchError
 from mpitrain.memory import SharedArray, as_dtype, flat_view
 from mpitrain.observe import show_messages
@@ -104,7 +104,6 @@ class Communicator(Collectives):
         Raises:
             UnavailableError: MPI lacks a thread level that the progress thread needs.
         """
-        prepare_mpi_wheel()
         from mpitrain.comm.mpi import MPITransport  # starts MPI
 
         transport = MPITransport(comm)

@@ -6,7 +6,7 @@ import functools
 import platform
 from collections.abc import Callable
 
-from mpi4py import MPI
+from mpitrain.comm.start import MPI
 
 __all__ = ["memory_fence"]
 

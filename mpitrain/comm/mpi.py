@@ -8,13 +8,12 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from mpi4py import MPI
-
 from mpitrain.comm.base import Bytes, Transport
 from mpitrain.comm.fence import memory_fence
 from mpitrain.comm.mpi_errors import translate, translated_errors
 from mpitrain.comm.mpi_native import NativeCollectives
 from mpitrain.comm.mpi_request import Request
+from mpitrain.comm.start import MPI
 from mpitrain.errors import CollectiveMismatchError, CommError, UnavailableError
 from mpitrain.memory import SharedBlock, allocate_mapped
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from types import TracebackType
 
-from mpi4py import MPI
-
+from mpitrain.comm.start import MPI
 from mpitrain.errors import CollectiveMismatchError, CommError, CommRevokedError, RankFailedError
 
 __all__ = ["translate", "translated_errors"]

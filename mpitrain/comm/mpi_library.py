@@ -6,7 +6,7 @@ import ctypes
 import dataclasses
 from pathlib import Path
 
-from mpi4py import MPI
+from mpitrain.comm.start import MPI
 
 __all__ = ["LibraryFacts", "abort_job", "library_facts", "library_name_and_version"]
 

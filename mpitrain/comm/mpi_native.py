@@ -12,11 +12,11 @@ from itertools import accumulate
 from typing import Any
 
 import numpy as np
-from mpi4py import MPI
 from numpy.typing import NDArray
 
 from mpitrain.comm.mpi_errors import translated_errors
 from mpitrain.comm.mpi_request import Request
+from mpitrain.comm.start import MPI
 from mpitrain.errors import UnavailableError
 from mpitrain.memory import DType, ReduceOp, reduce_into
 

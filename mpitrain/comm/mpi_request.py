@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mpi4py import MPI
+from mpitrain.comm.start import MPI
 
 __all__ = ["Request"]
 

