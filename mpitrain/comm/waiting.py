@@ -34,7 +34,9 @@ class Backoff:
         """Wait a little, the longer the more polls have been fruitless."""
         self._fruitless += 1
         if self._spin:
-            # Even with cores to spare nobody gains from polling at full speed for long.
+            # Whoever waits for this thread's core, although there should be one for each, gets it at once; alone on the
+            # core it takes less time than a poll. And nobody gains from polling at full speed for long.
+            os.sched_yield()
             if self._fruitless % 256:
                 return
             now = time.monotonic()
