@@ -1,16 +1,19 @@
 """How times are taken: sides in turn, slowest rank of each round, median over rounds.
 
 Terms: a *side* is one of the things that are compared, such as an algorithm. In a *round* every side has its turn, so
-that disturbances hit all alike. A *sample* is the time of one side in one round. What is decided by times is decided by
-those that all ranks have agreed on, so all ranks decide the same.
+that disturbances hit all alike; each round has an order of its own, so that none always follows the same one. A
+*sample* is the time of one side in one round. It is taken in a loop as a user would write it: calls before, which do
+not count, bring back to the caches what the side before has driven out. What is decided by times is decided by those
+that all ranks have agreed on, so all ranks decide the same.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -24,6 +27,8 @@ Sides = Mapping[str, Callable[[], object]]
 _LEAST_S = 1e-3
 _MOST_REPEATS = 200
 _MOST_OVERTIME = 2
+# What takes longer than this has more data than caches hold, and needs no calls before.
+_WARM_S = 20e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,25 +92,31 @@ def interleaved_times(comm: Communicator, sides: Sides, effort: Effort) -> Times
     first_s: Mapping[str, float] = {}
     elapsed_s = 0.0
     for _ in range(max(2, effort.warmup)):
-        first_s, elapsed_s = _agree(comm, _time_all(comm, sides, once), began_s)
+        first_s, elapsed_s = _agree(comm, _time_all(comm, sides, once, list(sides), frozenset()), began_s)
     repeats = {
         name: max(1, min(_MOST_REPEATS, int(_LEAST_S / max(seconds, 1e-9)))) for name, seconds in first_s.items()
     }
+    warmed = frozenset(name for name, seconds in first_s.items() if seconds < _WARM_S)
     least, most = effort.rounds
     limit_s = effort.limit_s
     measured: list[Mapping[str, float]] = []
     while len(measured) < most and (
         elapsed_s < limit_s or not measured or (len(measured) < least and elapsed_s < _MOST_OVERTIME * limit_s)
     ):
-        times_s, elapsed_s = _agree(comm, _time_all(comm, sides, repeats), began_s)
+        order = random.Random(len(measured)).sample(list(sides), len(sides))  # the same on every rank
+        times_s, elapsed_s = _agree(comm, _time_all(comm, sides, repeats, order, warmed), began_s)
         measured.append(times_s)
     return Times({name: tuple(times_s[name] for times_s in measured) for name in sides}, repeats, elapsed_s)
 
 
-def _time_all(comm: Communicator, sides: Sides, repeats: Mapping[str, int]) -> dict[str, float]:
-    times_s = {}
-    for name, run in sides.items():
-        count = repeats[name]
+def _time_all(
+    comm: Communicator, sides: Sides, repeats: Mapping[str, int], order: Sequence[str], warmed: Collection[str]
+) -> dict[str, float]:
+    times_s = dict.fromkeys(sides, 0.0)
+    for name in order:
+        run, count = sides[name], repeats[name]
+        for _ in range(-(-count // 2) if name in warmed else 0):
+            run()
         comm.barrier()
         begin_s = time.perf_counter()
         for _ in range(count):

@@ -48,7 +48,11 @@ def test_sides_take_turns_and_slowest_rank_counts(monkeypatch):
     times, order = results[0]
     assert times.samples_s == {"a": (3.0, 3.0, 3.0), "b": (10.0, 10.0, 10.0)}
     assert times.repeats == {"a": 1, "b": 1}
-    assert order == ["a", "b"] * 5
+    rounds = ["".join(order[begin : begin + 2]) for begin in range(0, 10, 2)]
+    # Two that do not count, then each has an order of its own; the same on every rank.
+    assert rounds[:2] == ["ab", "ab"]
+    assert set(rounds[2:]) == {"ab", "ba"}
+    assert all(result[1] == order for result in results)
     assert all(result[0] == times for result in results)
 
 
@@ -60,6 +64,16 @@ def test_short_operations_are_repeated_and_long_ones_are_not():
     assert first == second
     assert first.repeats == {"short": stopwatch._MOST_REPEATS, "long": 1}
     assert first.samples_s["long"][0] >= 0.002
+
+
+def test_calls_before_each_sample_bring_data_back_to_the_caches_unless_there_is_more_than_they_hold():
+    def body(comm):
+        order = []
+        sides = {"short": lambda: order.append("short"), "long": lambda: (order.append("long"), time.sleep(0.03))}
+        interleaved_times(comm, sides, Effort((1, 1), 10.0))
+        return order.count("short"), order.count("long")
+
+    assert run_communicators(2, body) == [(2 + stopwatch._MOST_REPEATS * 3 // 2, 2 + 1)] * 2
 
 
 @pytest.mark.parametrize(("rounds", "limit_s", "number"), [((2, 4), 1e-9, 1), ((1, 4), 1e-9, 1), ((2, 4), 100.0, 4)])
