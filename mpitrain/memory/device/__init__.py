@@ -12,13 +12,16 @@ from mpitrain.memory.device.arrays import (
     is_device_array,
     is_read_only,
 )
+from mpitrain.memory.device.ipc import DeviceBlock, allocate_mapped_device
 from mpitrain.memory.device.library import explained, load_cupy
 from mpitrain.memory.device.streams import Event, Stream, Streams, hand_over, produced, streams_of
 
 __all__ = [
+    "DeviceBlock",
     "Event",
     "Stream",
     "Streams",
+    "allocate_mapped_device",
     "as_cupy",
     "copy",
     "describe_devices",
