@@ -18,7 +18,7 @@ from mpitrain.memory.dtypes import DType, dtype_of_numpy, dtype_of_torch
 from mpitrain.memory.loaded import TorchModule, loaded_torch
 from mpitrain.memory.shared import SharedArray
 
-__all__ = ["FlatArray", "allocate_like", "copy_of", "flat_view"]
+__all__ = ["FlatArray", "allocate_like", "copy_of", "flat_view", "is_on_device"]
 
 Tensor: TypeAlias = Any
 CallersArray: TypeAlias = Any
@@ -93,6 +93,18 @@ def flat_view(array: object, *, name: str = "array", writable: bool = False) -> 
     return _view_numpy(_as_numpy(array, name), array, name, writable)
 
 
+def is_on_device(array: object) -> bool:
+    """Tell whether an array of any library lies in device memory; what is no array does not."""
+    if type(array) is np.ndarray or array is None:
+        return False
+    if isinstance(array, FlatArray):
+        return not array.is_host
+    torch = loaded_torch()
+    if torch is not None and isinstance(array, torch.Tensor):
+        return bool(cast("Any", array).is_cuda)
+    return not isinstance(array, SharedArray) and device_arrays.is_device_array(array)
+
+
 def allocate_like(array: object, shape: int | Sequence[int]) -> CallersArray:
     """Return a new uninitialised array of the library, dtype and device of `array`; private if that is shared.
 
@@ -106,7 +118,7 @@ def allocate_like(array: object, shape: int | Sequence[int]) -> CallersArray:
     array = array.owner if isinstance(array, FlatArray) else array
     new_shape = (shape,) if isinstance(shape, int) else tuple(shape)
     if isinstance(array, SharedArray):
-        return SharedArray.private(array.dtype, new_shape)
+        return array.new(new_shape)
     torch = loaded_torch()
     if torch is not None and isinstance(array, torch.Tensor):
         return _plain(array, "array").new_empty(new_shape)
@@ -130,7 +142,7 @@ def copy_of(array: object) -> CallersArray:
     """
     array = array.owner if isinstance(array, FlatArray) else array
     if isinstance(array, SharedArray):
-        copy = SharedArray.private(array.dtype, array.shape)
+        copy = array.new(array.shape)
         copy.flat[:] = array.flat
         return copy
     torch = loaded_torch()

@@ -75,6 +75,10 @@ class SharedArray:
         """Make an array that only this rank has."""
         return cls(dtype, shape, [np.zeros(math.prod(shape), dtype.storage)], 0, None)
 
+    def new(self, shape: tuple[int, ...]) -> SharedArray:
+        """Return an array of the same kind of memory that only this rank has."""
+        return SharedArray.private(self.dtype, shape)
+
     @property
     def is_shared(self) -> bool:
         """Whether the other ranks of the node map it."""

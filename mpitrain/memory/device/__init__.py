@@ -13,10 +13,13 @@ from mpitrain.memory.device.arrays import (
     is_read_only,
 )
 from mpitrain.memory.device.library import explained, load_cupy
+from mpitrain.memory.device.staging import Image, PinnedArray, pinned_pool
 from mpitrain.memory.device.streams import Event, Stream, Streams, hand_over, produced, streams_of
 
 __all__ = [
     "Event",
+    "Image",
+    "PinnedArray",
     "Stream",
     "Streams",
     "as_cupy",
@@ -30,6 +33,7 @@ __all__ = [
     "is_device_array",
     "is_read_only",
     "load_cupy",
+    "pinned_pool",
     "produced",
     "streams_of",
 ]
