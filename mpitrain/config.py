@@ -90,6 +90,8 @@ class Settings:
         shared_memory: Let ranks of one node reduce in memory that all of them map, where MPI can share it.
         staging_nbytes: Shared memory of each rank and communicator through which ordinary arrays pass; blocking calls
             have as much again.
+        device_piece_nbytes: Device arrays that pass through pinned memory of the host do so in pieces of this size, so
+            that one is copied while another is on its way to other ranks.
         check: Compare what the ranks bring to each collective before it starts, so that a
             mismatch is an error on every rank. Costs one small all-reduce.
         timeline: File to which rank 0 writes a timeline of all ranks when the job ends; "" records none.
@@ -112,6 +114,7 @@ class Settings:
     stall_shutdown_s: float = 0.0
     shared_memory: bool = True
     staging_nbytes: int = 2 << 20
+    device_piece_nbytes: int = 1 << 20
     check: bool = True
     timeline: str = ""
     timeline_events: int = 1 << 17
@@ -159,6 +162,7 @@ _PARSERS: dict[str, Callable[[str], object]] = {
     "stall_shutdown_s": _seconds,
     "shared_memory": _switch,
     "staging_nbytes": _positive,
+    "device_piece_nbytes": _positive,
     "check": _switch,
     "timeline": str,
     "timeline_events": _positive,

@@ -23,13 +23,14 @@ from mpitrain.collectives.progress import Handle, ProgressEngine
 from mpitrain.collectives.quick import QuickAllreduce, QuickCalls
 from mpitrain.collectives.selection import known_algorithms
 from mpitrain.collectives.small import SmallAllreduce
+from mpitrain.collectives.staged import plan_staged
 from mpitrain.collectives.table import Table
 from mpitrain.collectives.table_file import load_table
 from mpitrain.collectives.verbs import Collectives
 from mpitrain.comm import Topology, Transport
 from mpitrain.config import Settings, prepare_mpi_wheel
 from mpitrain.errors import CollectiveMismatchError
-from mpitrain.memory import SharedArray, as_dtype, flat_view
+from mpitrain.memory import SharedArray, as_dtype, flat_view, is_on_device
 from mpitrain.observe import show_messages
 
 if TYPE_CHECKING:
@@ -214,7 +215,8 @@ class Communicator(Collectives):
 
     def start(self, plan: Plan[Result], *, check: bool = False) -> Handle[Result]:
         """Start a plan that was made for this communicator; every rank must start it."""
-        return self.engine.start(self._call(plan, blocking=False, check=check), plan.description)
+        description = f"{plan.description}, {plan.place}" if plan.place else plan.description
+        return self.engine.start(self._call(plan, blocking=False, check=check), description)
 
     def run(self, plan: Plan[Result], *, check: bool = False) -> Result:
         """Run a plan that was made for this communicator; every rank must run it."""
@@ -236,6 +238,8 @@ class Communicator(Collectives):
     ) -> Plan[Result]:
         self._watch.check()
         try:
+            if any(map(is_on_device, arguments)):
+                return plan_staged(self._context, make_plan, arguments, options)
             return make_plan(self._context, *arguments, **options)
         except Exception as error:
             if self.settings.check:
@@ -249,6 +253,8 @@ class Communicator(Collectives):
     def _call(self, plan: Plan[Result], *, blocking: bool, check: bool) -> Task[Result]:
         """Return the guarded task of one call; taking its number here keeps calls in order on all ranks."""
         self._watch.check()
+        if plan.enter is not None:
+            plan.enter()
         context = self._context
         agrees_natively = check and blocking and context.meeting is None
         starts_native = context.has_native and (plan.uses_native or agrees_natively)
@@ -269,6 +275,8 @@ class Communicator(Collectives):
         if (recorder := self.engine.recorder) is not None:
             call = call._replace(trace=recorder.operation(plan.description))
         try:
+            if plan.prepare is not None:
+                yield from self._watch.guard(plan.prepare(), plan.description, index)
             if (check and self.size > 1) or plan.bring is not None:
                 agreement = agree(self._context, plan.description, call, plan.bring)
                 if disagreement := (yield from self._watch.guard(agreement, plan.description, index)):

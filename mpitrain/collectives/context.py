@@ -15,6 +15,7 @@ from mpitrain.collectives.across import AcrossNodes
 from mpitrain.collectives.choice import AlgorithmChoice
 from mpitrain.collectives.direct import Across, shared_allreduce, staged_allreduce
 from mpitrain.collectives.executor import Task, execute
+from mpitrain.collectives.gate import Finish
 from mpitrain.collectives.layout import Layout
 from mpitrain.collectives.node import FlagUsers, Node, make_node
 from mpitrain.collectives.observed import ObservedAcross, observed_node
@@ -78,6 +79,8 @@ class Context:
         self.settings = settings
         self.rank = transport.rank
         self.size = transport.size
+        self.local_rank = topology.local_rank
+        self.has_told_staging = False
         self.scratch = ScratchPool()
         self._is_freed = False
         # Of what hangs on the communicator.
@@ -128,8 +131,10 @@ class Context:
         dtype: DType,
         call: Call,
         op: ReduceOp = ReduceOp.SUM,
+        *,
+        finish: Finish | None = None,
     ) -> Task[None]:
-        """Return the task that runs a program on this communicator."""
+        """Return the task that runs a program on this communicator; `finish` as in `executor.execute`."""
         return execute(
             self.transport,
             program,
@@ -140,6 +145,8 @@ class Context:
             scratch=self.scratch,
             receive_window=self.settings.receive_window,
             trace=call.trace,
+            gate=call.gate,
+            finish=finish,
         )
 
     def allocate(self, shape: tuple[int, ...], dtype: DType) -> SharedArray:
@@ -175,7 +182,7 @@ class Context:
         node, across = self._place_of(call)
         while not self.staging_order.may_start(call.staging_ticket):
             yield False
-        yield from staged_allreduce(node, data, reduction, call.number + 1, across)
+        yield from staged_allreduce(node, data, reduction, call.number + 1, across, gate=call.gate)
 
     def _place_of(self, call: Call) -> tuple[Node, Across | None]:
         """Return where a call reduces in shared memory, watched if somebody wants to know."""

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpitrain.collectives.executor import Task
+from mpitrain.collectives.gate import Gate
 from mpitrain.collectives.layout import even_counts
 from mpitrain.collectives.node import Flags, Node
 from mpitrain.collectives.reduction import Reduction
@@ -93,11 +94,18 @@ def shared_allreduce(
 
 
 def staged_allreduce(
-    node: Node, array: NDArray[Any], reduction: Reduction, number: int, across: Across | None
+    node: Node,
+    array: NDArray[Any],
+    reduction: Reduction,
+    number: int,
+    across: Across | None,
+    *,
+    gate: Gate | None = None,
 ) -> Task[None]:
     """Reduce an ordinary array, in place, through the staging memory of the node.
 
-    Arguments as for `shared_allreduce`. No other operation may use the staging memory meanwhile.
+    Arguments as for `shared_allreduce`, and the gate of the array if that has not arrived yet. No other operation may
+    use the staging memory meanwhile.
 
     Cost: the array is read once and written once, and what others need of it passes through memory that stays in the
         cache.
@@ -120,6 +128,8 @@ def staged_allreduce(
             yield from stages.left_by_all(_EMPTIED, piece - NUM_STAGED)
         else:
             yield from wait(flags, _EMPTIED, *previous)
+        if gate is not None:
+            yield from gate.until(first + length)
         for owner in others:
             staging[node.rank][there[owner]] = here[owner]
         yield from stages.leave(_FILLED, piece)
@@ -136,6 +146,8 @@ def staged_allreduce(
         yield from stages.left_by_all(_REDUCED, piece)
         for owner in others:
             here[owner][:] = staging[owner][there[owner]]
+        if gate is not None:
+            gate.give(first, first + length)
         yield from stages.leave(_EMPTIED, piece)
 
     num_pieces = -(-array.size // piece_count)

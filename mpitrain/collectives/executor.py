@@ -7,6 +7,7 @@ wait.
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Generator, Sequence
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from mpitrain.collectives.gate import Finish, Gate, Gating
 from mpitrain.collectives.program import Program
 from mpitrain.comm import Bytes, Request, Transport
 from mpitrain.memory import DType, ReduceOp, ScratchPool, reduce_into
@@ -38,6 +40,8 @@ def execute(
     scratch: ScratchPool,
     receive_window: int = 4,
     trace: OperationTrace | None = None,
+    gate: Gate | None = None,
+    finish: Finish | None = None,
 ) -> Task[None]:
     """Return the task that runs `program`.
 
@@ -51,13 +55,20 @@ def execute(
         scratch: Memory for segments that wait to be reduced is taken from here and given back.
         receive_window: How many such segments may be in flight; more where the program needs it.
         trace: Told what is done, if given.
+        gate: Of one of the arrays, if that has not arrived yet.
+        finish: Done to every part of the first array, once no transfer touches it any more.
     """
+    gated = next((number for number, array in enumerate(arrays) if gate is not None and array is gate.data), None)
+    run = _Run if trace is None else functools.partial(_ObservedRun, trace)
+    the_run = run(transport, program, arrays, dtype, tag=tag, op=op)
+    if gate is not None and gated is not None:
+        the_run.gating = Gating(gate, program, the_run.waits, gated, finish)
     if program.transfers:
-        if trace is None:
-            run = _Run(transport, program, arrays, dtype, tag=tag, op=op)
-        else:
-            run = _ObservedRun(trace, transport, program, arrays, dtype, tag=tag, op=op)
-        yield from run.task(scratch, receive_window)
+        yield from the_run.task(scratch, receive_window)
+    if the_run.gating is not None:
+        yield from the_run.gating.end()
+    elif finish is not None:
+        finish(arrays[0])
 
 
 class _Run:
@@ -91,6 +102,7 @@ class _Run:
         self.landing: dict[int, NDArray[Any]] = {}
         # Received, but the old contents are still being sent to somebody.
         self.arrived: list[int] = []
+        self.gating: Gating | None = None
 
     def task(self, scratch: ScratchPool, receive_window: int) -> Task[None]:
         """Move transfers until none remains."""
@@ -150,9 +162,10 @@ class _Run:
         return moved
 
     def _complete(self) -> bool:
+        admitted = self._admit() if self.gating is not None else False
         done = self.transport.test_some(self.requests) if self.requests else ()
         if not done:
-            return False
+            return admitted
         for position in sorted(done, reverse=True):
             index = self.owners[position]
             # Order in these lists means nothing: fill the gap with the last entry.
@@ -176,14 +189,27 @@ class _Run:
         self.slots.append(slot)
         self._finish(index)
 
+    def _admit(self) -> bool:
+        """Let go on what has waited for its memory to arrive."""
+        assert self.gating is not None
+        admitted = self.gating.admit()
+        for index in admitted:
+            self._release(index)
+        return bool(admitted)
+
     def _finish(self, index: int) -> None:
         self.remaining -= 1
-        waits = self.waits
+        if self.gating is not None:
+            self.gating.done(index)
         for later in self.transfers[index].releases:
-            waits[later] -= 1
-            if not waits[later] and later in self.arrived:
-                self.arrived.remove(later)
-                self._reduce(later)
+            self._release(later)
+
+    def _release(self, index: int) -> None:
+        """A transfer waits for one thing less."""
+        self.waits[index] -= 1
+        if not self.waits[index] and index in self.arrived:
+            self.arrived.remove(index)
+            self._reduce(index)
 
     def _track(self, request: Request, index: int) -> None:
         self.requests.append(request)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Generic, NamedTuple, TypeVar
 
 from mpitrain.collectives.executor import Task
+from mpitrain.collectives.gate import Gate
 from mpitrain.collectives.small import SmallAllreduce
 from mpitrain.observe import OperationTrace
 
@@ -25,6 +26,7 @@ class Call(NamedTuple):
         ticket: Place among the calls that use the MPI library's own collectives; -1 if this one does not.
         staging_ticket: Place among the calls that use the node's staging memory; -1 if this one does not.
         trace: Records the run; None if nobody wants to know.
+        gate: Of an array that is still being copied to the host; None if all are there.
     """
 
     tag: int
@@ -33,6 +35,7 @@ class Call(NamedTuple):
     ticket: int = -1
     staging_ticket: int = -1
     trace: OperationTrace | None = None
+    gate: Gate | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,6 +52,10 @@ class Plan(Generic[Result]):
         bring: Writes what this rank brings to the meeting of the node's ranks; the task begins when all have come. For
             blocking calls where there is a meeting.
         small: What does the work of an all-reduce at the meeting.
+        is_gated: Whether the task heeds the call's gate; else what it works on must have arrived.
+        enter: Called in the caller's thread when a run is called for; notes what the caller's stream has queued.
+        prepare: Makes the task of what has to be waited for before this rank says what it brings.
+        place: Where it is done, for people, if that is not the host's memory; ranks may differ in it.
     """
 
     description: str
@@ -59,6 +66,10 @@ class Plan(Generic[Result]):
     nbytes: int = 0
     bring: Callable[[], None] | None = None
     small: SmallAllreduce | None = None
+    is_gated: bool = False
+    enter: Callable[[], None] | None = None
+    prepare: Callable[[], Task[None]] | None = None
+    place: str = ""
 
 
 def empty_plan(description: str) -> Plan[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mpitrain.memory.adasum import add_weighted, inner_products
-from mpitrain.memory.arrays import FlatArray, allocate_like, copy_of, flat_view
+from mpitrain.memory.arrays import FlatArray, allocate_like, copy_of, flat_view, is_on_device
 from mpitrain.memory.blocks import quiet_context
 from mpitrain.memory.device.shared import SharedDeviceArray
 from mpitrain.memory.dtypes import DTYPES, DType, as_dtype, dtype_named, dtype_of_numpy, dtype_of_torch
@@ -51,6 +51,7 @@ __all__ = [
     "flat_view",
     "free_shared_nbytes",
     "inner_products",
+    "is_on_device",
     "parse_op",
     "plain_ufunc",
     "quiet_context",

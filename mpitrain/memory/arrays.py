@@ -18,7 +18,7 @@ from mpitrain.memory.dtypes import DType, dtype_of_numpy, dtype_of_torch
 from mpitrain.memory.loaded import TorchModule, loaded_torch
 from mpitrain.memory.shared import NodeArray
 
-__all__ = ["FlatArray", "allocate_like", "copy_of", "flat_view"]
+__all__ = ["FlatArray", "allocate_like", "copy_of", "flat_view", "is_on_device"]
 
 Tensor: TypeAlias = Any
 CallersArray: TypeAlias = Any
@@ -91,6 +91,20 @@ def flat_view(array: object, *, name: str = "array", writable: bool = False) -> 
     if device_arrays.is_device_array(array):
         return _view_device(array, array, None, name, writable)
     return _view_numpy(_as_numpy(array, name), array, name, writable)
+
+
+def is_on_device(array: object) -> bool:
+    """Tell whether an array of any library lies in device memory; what is no array does not."""
+    if type(array) is np.ndarray or array is None:
+        return False
+    if isinstance(array, FlatArray):
+        return not array.is_host
+    if isinstance(array, NodeArray):
+        return array.place != "cpu"
+    torch = loaded_torch()
+    if torch is not None and isinstance(array, torch.Tensor):
+        return bool(cast("Any", array).is_cuda)
+    return device_arrays.is_device_array(array)
 
 
 def allocate_like(array: object, shape: int | Sequence[int]) -> CallersArray:

@@ -13,12 +13,16 @@ from mpitrain.memory.device.arrays import (
     is_read_only,
 )
 from mpitrain.memory.device.ipc import DeviceBlock, allocate_mapped_device
-from mpitrain.memory.device.library import explained, load_cupy
+from mpitrain.memory.device.library import CupyArray, explained, load_cupy
+from mpitrain.memory.device.staging import Image, PinnedArray, pinned_pool
 from mpitrain.memory.device.streams import Event, Stream, Streams, hand_over, produced, streams_of
 
 __all__ = [
+    "CupyArray",
     "DeviceBlock",
     "Event",
+    "Image",
+    "PinnedArray",
     "Stream",
     "Streams",
     "allocate_mapped_device",
@@ -33,6 +37,7 @@ __all__ = [
     "is_device_array",
     "is_read_only",
     "load_cupy",
+    "pinned_pool",
     "produced",
     "streams_of",
 ]
