@@ -129,7 +129,7 @@ def test_synchronize_asks_torch_about_its_tensors(cupy, monkeypatch):
 
     stream_of = lambda name: SimpleNamespace(synchronize=lambda: waits.append(name))  # noqa: E731
     torch = SimpleNamespace(Tensor=Tensor, cuda=SimpleNamespace(current_stream=stream_of))
-    monkeypatch.setattr(device, "loaded_torch", lambda: torch)
+    monkeypatch.setattr(device.arrays, "loaded_torch", lambda: torch)
     for name in ("cpu", "cuda:1"):
         device.synchronize(Tensor(name))
     assert waits == ["cuda:1"]

@@ -1,17 +1,13 @@
-"""Device arrays, seen through CuPy. The only module that imports CuPy, and only when one is passed.
-
-So far device arrays are recognised, described, allocated and waited for; no collective
-runs on them yet.
-"""
+"""Device arrays of every library as CuPy arrays, and the devices that hold them."""
 
 from __future__ import annotations
 
-import importlib
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import numpy as np
 
 from mpitrain.errors import UnavailableError
+from mpitrain.memory.device.library import CupyArray, load_cupy
 from mpitrain.memory.loaded import loaded_torch
 
 __all__ = [
@@ -24,19 +20,6 @@ __all__ = [
     "is_read_only",
     "synchronize",
 ]
-
-CupyModule: TypeAlias = Any
-CupyArray: TypeAlias = Any
-
-
-def _cupy(subject: str) -> CupyModule:
-    try:
-        return importlib.import_module("cupy")
-    except ImportError as error:
-        raise UnavailableError(
-            f"{subject}: device arrays need CuPy, got {error}; "
-            f"install cupy-cuda12x or cupy-cuda13x, or pass a host array"
-        ) from error
 
 
 def is_device_array(array: object) -> bool:
@@ -60,7 +43,7 @@ def as_cupy(array: object, *, name: str = "array") -> CupyArray:
     Raises:
         UnavailableError: CuPy is not installed.
     """
-    cupy = _cupy(name)
+    cupy = load_cupy(name)
     if isinstance(array, cupy.ndarray):
         return array
     return cupy.asarray(array)
@@ -77,7 +60,7 @@ def describe_devices() -> str:
     Raises:
         UnavailableError: CuPy is not installed, or sees no device.
     """
-    cupy = _cupy("devices")
+    cupy = load_cupy("devices")
     runtime = cupy.cuda.runtime
     try:
         names = [runtime.getDeviceProperties(index)["name"].decode() for index in range(runtime.getDeviceCount())]
@@ -90,14 +73,14 @@ def describe_devices() -> str:
 
 def empty(shape: tuple[int, ...], storage: np.dtype[Any], device: int) -> CupyArray:
     """Return a new uninitialised CuPy array on `device`."""
-    cupy = _cupy("empty")
+    cupy = load_cupy("empty")
     with cupy.cuda.Device(device):
         return cupy.empty(shape, dtype=storage)
 
 
 def copy(array: CupyArray) -> CupyArray:
     """Return a new C-contiguous CuPy array with the contents of `array`, on its device."""
-    cupy = _cupy("copy")
+    cupy = load_cupy("copy")
     with cupy.cuda.Device(device_id(array)):
         return cupy.array(array, order="C", copy=True)
 
@@ -118,6 +101,6 @@ def synchronize(array: object, *, name: str = "array") -> None:
         if tensor.is_cuda:
             torch.cuda.current_stream(tensor.device).synchronize()
     elif is_device_array(array):
-        cupy = _cupy(name)
+        cupy = load_cupy(name)
         with cupy.cuda.Device(device_id(as_cupy(array, name=name))):
             cupy.cuda.get_current_stream().synchronize()
