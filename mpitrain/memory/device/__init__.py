@@ -1,8 +1,4 @@
-"""Device memory, seen through CuPy. The only package that imports CuPy, and only when it is needed.
-
-So far device arrays are recognised, described, allocated and waited for; no collective
-runs on them yet.
-"""
+"""Device memory, seen through CuPy. The only package that imports CuPy, and only when it is needed."""
 
 from __future__ import annotations
 
@@ -11,19 +7,29 @@ from mpitrain.memory.device.arrays import (
     copy,
     describe_devices,
     device_id,
+    device_of,
     empty,
     is_device_array,
     is_read_only,
-    synchronize,
 )
+from mpitrain.memory.device.library import explained, load_cupy
+from mpitrain.memory.device.streams import Event, Stream, Streams, hand_over, produced, streams_of
 
 __all__ = [
+    "Event",
+    "Stream",
+    "Streams",
     "as_cupy",
     "copy",
     "describe_devices",
     "device_id",
+    "device_of",
     "empty",
+    "explained",
+    "hand_over",
     "is_device_array",
     "is_read_only",
-    "synchronize",
+    "load_cupy",
+    "produced",
+    "streams_of",
 ]

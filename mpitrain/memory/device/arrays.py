@@ -7,18 +7,17 @@ from typing import Any, cast
 import numpy as np
 
 from mpitrain.errors import UnavailableError
-from mpitrain.memory.device.library import CupyArray, load_cupy
-from mpitrain.memory.loaded import loaded_torch
+from mpitrain.memory.device.library import CupyArray, explained, load_cupy
 
 __all__ = [
     "as_cupy",
     "copy",
     "describe_devices",
     "device_id",
+    "device_of",
     "empty",
     "is_device_array",
     "is_read_only",
-    "synchronize",
 ]
 
 
@@ -46,7 +45,8 @@ def as_cupy(array: object, *, name: str = "array") -> CupyArray:
     cupy = load_cupy(name)
     if isinstance(array, cupy.ndarray):
         return array
-    return cupy.asarray(array)
+    with explained(name):
+        return cupy.asarray(array)
 
 
 def device_id(array: CupyArray) -> int:
@@ -62,45 +62,45 @@ def describe_devices() -> str:
     """
     cupy = load_cupy("devices")
     runtime = cupy.cuda.runtime
-    try:
+    with explained("devices"):
         names = [runtime.getDeviceProperties(index)["name"].decode() for index in range(runtime.getDeviceCount())]
-    except runtime.CUDARuntimeError as error:
-        raise UnavailableError(
-            f"devices: CuPy {cupy.__version__} sees none, got {error}; look at the driver with nvidia-smi"
-        ) from error
     return f"{cupy.__version__}, {', '.join(names) or 'no device'}"
 
 
 def empty(shape: tuple[int, ...], storage: np.dtype[Any], device: int) -> CupyArray:
-    """Return a new uninitialised CuPy array on `device`."""
+    """Return a new uninitialised CuPy array on `device`.
+
+    Raises:
+        MemoryError: The device has no room for it.
+    """
     cupy = load_cupy("empty")
-    with cupy.cuda.Device(device):
+    with cupy.cuda.Device(device), explained("empty"):
         return cupy.empty(shape, dtype=storage)
 
 
 def copy(array: CupyArray) -> CupyArray:
-    """Return a new C-contiguous CuPy array with the contents of `array`, on its device."""
+    """Return a new C-contiguous CuPy array with the contents of `array`, on its device.
+
+    Raises:
+        MemoryError: The device has no room for it.
+    """
     cupy = load_cupy("copy")
-    with cupy.cuda.Device(device_id(array)):
+    with cupy.cuda.Device(device_id(array)), explained("copy"):
         return cupy.array(array, order="C", copy=True)
 
 
-def synchronize(array: object, *, name: str = "array") -> None:
-    """Wait for the work queued before on the stream that writes `array`.
+def device_of(local_rank: int) -> int:
+    """Return the number of the device that a rank uses, among those that its process sees.
 
-    MPI knows nothing of streams: what it reads must be in memory before the call. Torch and
-    CuPy have current streams of their own, so the library that owns `array` is asked.
+    Ranks of a node take the devices in turn, so that several share one where there are fewer devices than ranks. A
+    launcher that shows each rank devices of its own (CUDA_VISIBLE_DEVICES) has its way, as these are what is counted.
 
-    Args:
-        array: The caller's own array (the `owner` of a `FlatArray`); host arrays need no wait.
-        name: What messages call it.
+    Raises:
+        UnavailableError: CuPy is not installed, or sees no device.
     """
-    torch = loaded_torch()
-    if torch is not None and isinstance(array, torch.Tensor):
-        tensor = cast("Any", array)
-        if tensor.is_cuda:
-            torch.cuda.current_stream(tensor.device).synchronize()
-    elif is_device_array(array):
-        cupy = load_cupy(name)
-        with cupy.cuda.Device(device_id(as_cupy(array, name=name))):
-            cupy.cuda.get_current_stream().synchronize()
+    cupy = load_cupy("devices")
+    with explained("devices"):
+        count = cupy.cuda.runtime.getDeviceCount()
+    if not count:
+        raise UnavailableError("devices: this process sees none, got 0; look at CUDA_VISIBLE_DEVICES and at nvidia-smi")
+    return local_rank % int(count)

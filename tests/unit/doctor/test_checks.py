@@ -3,7 +3,6 @@ from __future__ import annotations
 import builtins
 import os
 import sys
-from types import SimpleNamespace
 
 import pytest
 
@@ -24,6 +23,7 @@ from mpitrain.doctor import (
     why_mpi_does_not_start,
 )
 from mpitrain.launch import Host
+from tests.support.fake_cupy import stand_in
 
 MIB = 1 << 20
 
@@ -187,24 +187,14 @@ def test_torch_that_is_missing_or_broken(monkeypatch):
 
 
 def test_cupy_and_its_devices(monkeypatch):
-    class CUDARuntimeError(Exception):
-        pass
-
-    def no_device():
-        raise CUDARuntimeError("no driver")
-
-    runtime = SimpleNamespace(
-        CUDARuntimeError=CUDARuntimeError,
-        getDeviceCount=lambda: 2,
-        getDeviceProperties=lambda index: {"name": f"device {index}".encode()},
-    )
-    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(__version__="13.6", cuda=SimpleNamespace(runtime=runtime)))
-    monkeypatch.setattr(packages, "package_version", lambda name: "13.6" if name == "cupy-cuda12x" else "")
-    assert find(check_packages(), "CuPy") == Finding("CuPy", "ok", "13.6, device 0, device 1")
-    runtime.getDeviceCount = no_device
-    found = find(check_packages(), "CuPy")
+    monkeypatch.setattr(packages, "package_version", lambda name: "14.0" if name == "cupy-cuda12x" else "")
+    with stand_in(num_devices=2) as cupy:
+        text = f"{cupy.__version__}, Stand-in, Stand-in"
+        assert find(check_packages(), "CuPy") == Finding("CuPy", "ok", text)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        found = find(check_packages(), "CuPy")
     assert found.status == "warning"
-    assert "CuPy 13.6 sees none, got no driver" in found.text
+    assert "devices: no device can be used, got cudaErrorNoDevice" in found.text
 
 
 # Launching

@@ -1,0 +1,113 @@
+"""Streams and events of our own, ordered after what a caller has queued and before what it queues next.
+
+Work on a device is queued on streams, and done later. Ours are non-blocking: they neither wait for the default stream
+nor hold it up. What orders them is events: those that a caller's stream has to reach before we read its array, and
+those that ours have to reach before it reads the result. The device as a whole is never waited for, and a task, which
+never blocks, asks an event whether it is `done`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, TypeAlias, cast
+
+from mpitrain.memory.device.arrays import as_cupy, device_id
+from mpitrain.memory.device.library import CupyModule, explained, load_cupy
+from mpitrain.memory.loaded import loaded_torch
+
+__all__ = ["Event", "Stream", "Streams", "hand_over", "produced", "streams_of"]
+
+Event: TypeAlias = Any
+"""A `cupy.cuda.Event`; `done` tells, without blocking, whether the work before it has ended."""
+
+Stream: TypeAlias = Any
+"""A `cupy.cuda.Stream`."""
+
+
+class Streams:
+    """This process's streams on one device; what is queued on one of them is done in that order.
+
+    Args:
+        cupy: CuPy.
+        device: Number of the device.
+
+    Attributes:
+        device: Number of the device.
+        down: Copies to the host.
+        up: Copies from the host.
+        compute: Kernels, and copies within the device.
+    """
+
+    def __init__(self, cupy: CupyModule, device: int) -> None:
+        self.device = device
+        self._cupy = cupy
+        with self._cupy.cuda.Device(device):
+            self.down, self.up, self.compute = (self._cupy.cuda.Stream(non_blocking=True) for _ in range(3))
+
+    def record(self, stream: Stream) -> Event:
+        """Return an event that is done when what was queued on one of these streams is."""
+        return _record(self._cupy, self.device, stream.ptr)
+
+
+def streams_of(device: int) -> Streams:
+    """Return this process's streams on a device.
+
+    Raises:
+        UnavailableError: CuPy is not installed.
+    """
+    return _streams(load_cupy("streams"), device)
+
+
+@functools.cache
+def _streams(cupy: CupyModule, device: int) -> Streams:
+    with explained("streams"):
+        return Streams(cupy, device)
+
+
+def produced(array: object, *, name: str = "array") -> Event:
+    """Return an event that is done when what the caller has queued before, on its current stream, is.
+
+    Torch and CuPy have current streams of their own, one per thread, so the library that owns `array` is asked, in
+    the thread of the caller.
+
+    Args:
+        array: A device array of any library.
+        name: What messages call it.
+
+    Raises:
+        UnavailableError: CuPy is not installed.
+    """
+    cupy = load_cupy(name)
+    device, stream = _current_stream(cupy, array, name)
+    return _record(cupy, device, stream)
+
+
+def hand_over(array: object, event: Event, *, name: str = "array") -> None:
+    """Have what the caller queues from now on, on its current stream, wait for `event`; the caller itself does not.
+
+    Args:
+        array: A device array of any library, whose library is asked as in `produced`.
+        event: Of any stream of this process.
+        name: What messages call it.
+    """
+    cupy = load_cupy(name)
+    _, stream = _current_stream(cupy, array, name)
+    cupy.cuda.runtime.streamWaitEvent(stream, event.ptr)
+
+
+def _current_stream(cupy: CupyModule, array: object, name: str) -> tuple[int, int]:
+    """Return the number of the device that holds `array`, and the handle of the stream that its owner works on."""
+    torch = loaded_torch()
+    if torch is not None and isinstance(array, torch.Tensor):
+        tensor = cast("Any", array)
+        return int(tensor.device.index), int(torch.cuda.current_stream(tensor.device).cuda_stream)
+    device = device_id(as_cupy(array, name=name))
+    return device, int(cupy.cuda.get_current_stream(device).ptr)
+
+
+def _record(cupy: CupyModule, device: int, stream: int) -> Event:
+    # An event belongs to the device that is current when it is made, and takes the streams of that one only.
+    with cupy.cuda.Device(device):
+        event = cupy.cuda.Event(disable_timing=True)
+        cupy.cuda.runtime.eventRecord(event.ptr, stream)
+    return event
