@@ -248,11 +248,6 @@ def memsetAsync(ptr, value, size, stream):
     machine.enqueue(machine.queue(stream, getDevice()), lambda: ctypes.memset(ptr, value, size))
 
 
-@_translated
-def memset(ptr, value, size):
-    memsetAsync(ptr, value, size, 0)
-
-
 # Streams
 
 
