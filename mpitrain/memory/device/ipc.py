@@ -4,12 +4,11 @@ A handle names a whole allocation of cudaMalloc, and allocations of pools cannot
 kinds. So the memory is an allocation of our own, and made for this purpose.
 
 A mapping must not outlive the memory: whoever gives a block up closes what it has mapped, waits until all others have
-done the same, and lets its own memory go only then (`DeviceBlock.close`).
+done the same, and lets its own memory go only then (`Holdings.close`).
 """
 
 from __future__ import annotations
 
-import functools
 import os
 import uuid
 from collections.abc import Callable, Sequence
@@ -21,13 +20,14 @@ from mpitrain.errors import UnavailableError
 from mpitrain.memory.device.library import CupyArray, explained, load_cupy
 from mpitrain.memory.device.streams import Event, Stream, streams_of
 
-__all__ = ["DeviceBlock", "allocate_mapped_device"]
+__all__ = ["DeviceBlock", "Holdings", "allocate_mapped_device"]
 
 Result = TypeVar("Result")
 
 _SUBJECT = "device memory"
 # What a rank writes to the begin of its memory, for the others to find there.
 _MARK_NBYTES = 16
+_TOKEN = uuid.uuid4().hex
 
 
 class _Export(NamedTuple):
@@ -67,33 +67,64 @@ class _Opened(NamedTuple):
     events: list[tuple[int, ...]]
 
 
+class Holdings:
+    """What is left of a block when nothing refers to it any more: memory that others map, and mappings of theirs.
+
+    Args:
+        own: This rank's.
+        mappings: Of the others'.
+        device: Number of the device of this rank's own memory.
+    """
+
+    def __init__(self, own: _Own, mappings: _Mappings, device: int) -> None:
+        self.own = own
+        self._mappings = mappings
+        self._device = device
+        _open.add(self)
+
+    def close(self) -> Callable[[], None]:
+        """Close the mappings; return what lets go of the memory, to be called when all ranks have closed theirs."""
+        # What an operation has queued may still be at work after the operation has ended for the host.
+        streams_of(self._device).compute.synchronize()
+        self._mappings.close()
+        return self._let_go
+
+    def _let_go(self) -> None:
+        _open.discard(self)
+        del self.own
+
+
+# What is given up otherwise stays until the process ends, as others may still use it.
+_open: set[Holdings] = set()
+
+
 class DeviceBlock:
     """The memory of all ranks of a node, on one device or several, and events of each.
 
     Args:
         rank: This rank on the node.
         device: Number of the device of this rank's own memory.
-        own: This rank's.
+        holdings: What the block is made of, and what is to be closed after it.
         opened: Those of the others.
-        close: Ends the mappings.
 
     Attributes:
         device: The same.
+        holdings: The same.
         views: Each rank's memory as bytes, by rank on the node.
     """
 
-    def __init__(self, rank: int, device: int, own: _Own, opened: _Opened, close: Callable[[], None]) -> None:
+    def __init__(self, rank: int, device: int, holdings: Holdings, opened: _Opened) -> None:
         self.device = device
+        self.holdings = holdings
         self._cupy = load_cupy(_SUBJECT)
         self._runtime = self._cupy.cuda.runtime
-        self._own_events = own.events
+        self._own_events = holdings.own.events
         self._others_events = [events for peer, events in enumerate(opened.events) if peer != rank]
-        self._close = close
-        cuda, nbytes = self._cupy.cuda, own.memory.size
-        memories = [cuda.UnownedMemory(address, nbytes, None, device) for address in opened.addresses]
-        memories[rank] = own.memory
+        cuda, memory = self._cupy.cuda, holdings.own.memory
+        memories = [cuda.UnownedMemory(address, memory.size, None, device) for address in opened.addresses]
+        memories[rank] = memory
         self.views: list[CupyArray] = [
-            self._cupy.ndarray((nbytes,), np.uint8, cuda.MemoryPointer(memory, 0)) for memory in memories
+            self._cupy.ndarray((memory.size,), np.uint8, cuda.MemoryPointer(each, 0)) for each in memories
         ]
 
     def typed(self, storage: np.dtype[Any], offset_nbytes: int, count: int) -> list[CupyArray]:
@@ -113,17 +144,6 @@ class DeviceBlock:
         """
         for events in self._others_events:
             self._runtime.streamWaitEvent(stream.ptr, events[number])
-
-    def close(self, barrier: Callable[[], object]) -> None:
-        """Let go of the memory, when no work on it is queued any more.
-
-        Args:
-            barrier: Returns when all ranks have called it; all of them must close.
-        """
-        streams_of(self.device).compute.synchronize()
-        self._close()
-        barrier()
-        self.views.clear()
 
 
 def allocate_mapped_device(
@@ -157,7 +177,7 @@ def allocate_mapped_device(
     stream = streams_of(device).compute
     mappings.runtime.memsetAsync(own.memory.ptr, 0, _MARK_NBYTES, stream.ptr)
     stream.synchronize()
-    return DeviceBlock(rank, device, own, opened, mappings.close)
+    return DeviceBlock(rank, device, Holdings(own, mappings, device), opened)
 
 
 class _Mappings:
@@ -253,9 +273,5 @@ def _raise_first(problems: Sequence[str]) -> None:
 
 
 def _process() -> tuple[str, int]:
-    return _token(), os.getpid()
-
-
-@functools.cache
-def _token() -> str:
-    return uuid.uuid4().hex
+    # A process that was forked has the same token.
+    return _TOKEN, os.getpid()

@@ -9,11 +9,13 @@ never blocks, asks an event whether it is `done`.
 from __future__ import annotations
 
 import functools
+import threading
 from typing import Any, TypeAlias, cast
 
 from mpitrain.memory.device.arrays import as_cupy, device_id
 from mpitrain.memory.device.library import CupyModule, explained, load_cupy
 from mpitrain.memory.loaded import loaded_torch
+from mpitrain.memory.shared import NodeArray
 
 __all__ = ["Event", "Stream", "Streams", "hand_over", "produced", "streams_of"]
 
@@ -44,9 +46,21 @@ class Streams:
         with self._cupy.cuda.Device(device):
             self.down, self.up, self.compute = (self._cupy.cuda.Stream(non_blocking=True) for _ in range(3))
 
+    def copy(self, dest: Any, source: Any, stream: Stream) -> None:
+        """Queue a copy of a contiguous array to another one of as many bytes; each is CuPy's, or NumPy's and pinned."""
+        pointers = [
+            int(array.data.ptr) if isinstance(array, self._cupy.ndarray) else int(array.__array_interface__["data"][0])
+            for array in (dest, source)
+        ]
+        runtime = self._cupy.cuda.runtime
+        runtime.memcpyAsync(*pointers, source.nbytes, runtime.memcpyDefault, stream.ptr)
+
     def record(self, stream: Stream) -> Event:
         """Return an event that is done when what was queued on one of these streams is."""
         return _record(self._cupy, self.device, stream.ptr)
+
+
+_making = threading.Lock()
 
 
 def streams_of(device: int) -> Streams:
@@ -55,7 +69,8 @@ def streams_of(device: int) -> Streams:
     Raises:
         UnavailableError: CuPy is not installed.
     """
-    return _streams(load_cupy("streams"), device)
+    with _making:  # two threads that come first must not get different ones
+        return _streams(load_cupy("streams"), device)
 
 
 @functools.cache
@@ -78,8 +93,14 @@ def produced(array: object, *, name: str = "array") -> Event:
         UnavailableError: CuPy is not installed.
     """
     cupy = load_cupy(name)
-    device, stream = _current_stream(cupy, array, name)
-    return _record(cupy, device, stream)
+    device, streams = _current_streams(cupy, array, name)
+    events = [_record(cupy, device, stream) for stream in streams]
+    if len(events) == 1:
+        return events[0]
+    ours = streams_of(device)
+    for event in events:
+        ours.compute.wait_event(event)
+    return ours.record(ours.compute)
 
 
 def hand_over(array: object, event: Event, *, name: str = "array") -> None:
@@ -91,18 +112,24 @@ def hand_over(array: object, event: Event, *, name: str = "array") -> None:
         name: What messages call it.
     """
     cupy = load_cupy(name)
-    _, stream = _current_stream(cupy, array, name)
-    cupy.cuda.runtime.streamWaitEvent(stream, event.ptr)
+    _, streams = _current_streams(cupy, array, name)
+    for stream in streams:
+        cupy.cuda.runtime.streamWaitEvent(stream, event.ptr)
 
 
-def _current_stream(cupy: CupyModule, array: object, name: str) -> tuple[int, int]:
-    """Return the number of the device that holds `array`, and the handle of the stream that its owner works on."""
+def _current_streams(cupy: CupyModule, array: object, name: str) -> tuple[int, list[int]]:
+    """Return the number of the device that holds `array`, and handles of the streams that its owner works on."""
     torch = loaded_torch()
     if torch is not None and isinstance(array, torch.Tensor):
         tensor = cast("Any", array)
-        return int(tensor.device.index), int(torch.cuda.current_stream(tensor.device).cuda_stream)
-    device = device_id(as_cupy(array, name=name))
-    return device, int(cupy.cuda.get_current_stream(device).ptr)
+        return int(tensor.device.index), [int(torch.cuda.current_stream(tensor.device).cuda_stream)]
+    is_ours = isinstance(array, NodeArray)
+    device = device_id(cast("Any", array).flat if is_ours else as_cupy(array, name=name))
+    streams = [int(cupy.cuda.get_current_stream(device).ptr)]
+    if is_ours and torch is not None and torch.cuda.is_initialized():
+        # Of memory of ours, both libraries have views.
+        streams.append(int(torch.cuda.current_stream(device).cuda_stream))
+    return device, sorted(set(streams))
 
 
 def _record(cupy: CupyModule, device: int, stream: int) -> Event:

@@ -26,7 +26,9 @@ def test_all_ranks_see_the_memory_of_all(fake_cupy, size):
         transport.gather_everywhere(None)
         block.wait(0, stream)
         seen = [view.get(stream=stream).tolist() for view in block.views]
-        block.close(lambda: transport.gather_everywhere(None))
+        let_go = block.holdings.close()
+        transport.gather_everywhere(None)
+        let_go()
         return seen
 
     expected = [[owner + 1] * 40 for owner in range(size)]
@@ -42,7 +44,9 @@ def test_typed_parts_are_the_same_memory_on_all_ranks(fake_cupy):
             stream.synchronize()
         transport.gather_everywhere(None)
         seen = [view.get().view(np.float32).tolist() for view in block.views]
-        block.close(lambda: transport.gather_everywhere(None))
+        let_go = block.holdings.close()
+        transport.gather_everywhere(None)
+        let_go()
         return seen
 
     assert run_ranks(2, body) == [[[0, 0, 1.5, 1.5, 1.5, *[0] * 11]] * 2] * 2
