@@ -10,7 +10,7 @@ from cupy._machine import machine
 from cupy.cuda import runtime
 from cupy.cuda.stream import get_current_stream
 
-# Where a module's code is compiled: `compile(code, options)` returns an object whose `launch(name, grid, block,
+# Where a module's code is compiled: `compile_host(code, options)` returns an object whose `launch(name, grid, block,
 # arguments, shared_mem)` runs a kernel on plain addresses and NumPy scalars.
 COMPILER = "tests.support.host_kernels"
 _MOST_BLOCKS = (2**31 - 1, 65535, 65535)
@@ -32,7 +32,7 @@ class RawKernel:
         self.code = code
         self.name = name
         self.options = options
-        self._compiled = importlib.import_module(COMPILER).compile(code, options)
+        self._compiled = importlib.import_module(COMPILER).compile_host(code, options)
 
     def __call__(self, grid, block, args, *, shared_mem=0):
         # Launches keep nothing alive, so what is given is an address from now on.

@@ -1,6 +1,6 @@
 """What mpitrain uses of `cupy.cuda`."""
 
-from cupy.cuda import device, memory, pinned_memory, runtime, stream
+from cupy.cuda import compiler, device, memory, pinned_memory, runtime, stream
 from cupy.cuda.device import Device, get_device_id
 from cupy.cuda.memory import (
     BaseMemory,
