@@ -8,14 +8,16 @@ never blocks, asks an event whether it is `done`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any, TypeAlias, cast
 
 from mpitrain.memory.device.arrays import as_cupy, device_id
 from mpitrain.memory.device.library import CupyModule, explained, load_cupy
 from mpitrain.memory.loaded import loaded_torch
 
-__all__ = ["Event", "Stream", "Streams", "hand_over", "produced", "streams_of"]
+__all__ = ["CallersStream", "Event", "Stream", "Streams", "hand_over", "produced", "streams_of"]
 
 Event: TypeAlias = Any
 """A `cupy.cuda.Event`; `done` tells, without blocking, whether the work before it has ended."""
@@ -47,6 +49,52 @@ class Streams:
     def record(self, stream: Stream) -> Event:
         """Return an event that is done when what was queued on one of these streams is."""
         return _record(self._cupy, self.device, stream.ptr)
+
+
+class CallersStream:
+    """The stream that a caller works on: the current one of its thread, in the library that owns its array.
+
+    To be made in the caller's thread; can be used in any.
+
+    Args:
+        array: A device array of any library.
+        name: What messages call it.
+
+    Attributes:
+        device: Number of the device.
+        ready: An event that is done when what the caller has queued before the last `enter` is.
+    """
+
+    def __init__(self, array: object, *, name: str = "array") -> None:
+        self._array = array
+        self._name = name
+        self.enter()
+
+    def enter(self) -> None:
+        """Take note of what the caller's current stream is, and what it has queued."""
+        self._cupy = load_cupy(self._name)
+        self.device, self._pointer = _current_stream(self._cupy, self._array, self._name)
+        torch = loaded_torch()
+        # A stream of torch is made current by torch, as it is torch that allocates there.
+        self._torch = torch if torch is not None and isinstance(self._array, torch.Tensor) else None
+        library = self._cupy if self._torch is None else self._torch
+        ask = library.cuda.get_current_stream if self._torch is None else library.cuda.current_stream
+        self._stream = ask(self.device)
+        self.ready = self.record()
+
+    def record(self) -> Event:
+        """Return an event that is done when what is queued on the stream by now is."""
+        return _record(self._cupy, self.device, self._pointer)
+
+    @contextlib.contextmanager
+    def current(self) -> Iterator[None]:
+        """Make it the current stream of this thread."""
+        if self._torch is not None:
+            with self._torch.cuda.stream(self._stream):
+                yield
+        else:
+            with self._cupy.cuda.Device(self.device), self._stream:
+                yield
 
 
 def streams_of(device: int) -> Streams:
