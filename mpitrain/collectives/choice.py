@@ -35,7 +35,16 @@ class AlgorithmChoice:
         available = Available(has_native and self.available.has_native, None)
         return AlgorithmChoice(available, self._shape, None, self._segment_nbytes)
 
-    def choose(self, collective: str, name: str, nbytes: int, *, blocking: bool = True, in_window: bool = False) -> str:
+    def choose(
+        self,
+        collective: str,
+        name: str,
+        nbytes: int,
+        *,
+        blocking: bool = True,
+        in_window: bool = False,
+        on_device: bool = False,
+    ) -> str:
         """Return the algorithm to run: `name` itself unless that is "auto".
 
         Args:
@@ -44,6 +53,7 @@ class AlgorithmChoice:
             nbytes: Bytes of the full buffer; same on every rank.
             blocking: Whether the caller waits in the call; same on every rank.
             in_window: Whether the array lies in memory that the node shares; same on every rank.
+            on_device: Whether that is the memory of devices.
 
         Raises:
             ValueError: No such algorithm.
@@ -52,6 +62,9 @@ class AlgorithmChoice:
         if name != "auto":
             return name
         candidates = self._candidates[collective]
+        if on_device and in_window and self.available.shared in candidates:
+            # Everything else copies the array to the host and back, at a small part of the rate of a device's memory.
+            return str(self.available.shared)
         if self.table is not None:
             measured = self.table.lookup(collective, nbytes, self._shape, blocking=blocking, in_window=in_window)
             # The table may come from ranks that could share memory where these cannot.

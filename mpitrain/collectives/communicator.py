@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from mpitrain.collectives import operations
 from mpitrain.collectives.agreement import FALL_BACK, agree, check_same_settings
+from mpitrain.collectives.allocation import Allocation
 from mpitrain.collectives.context import Context
 from mpitrain.collectives.departure import watch_exit
 from mpitrain.collectives.executor import Task
@@ -22,6 +23,7 @@ from mpitrain.collectives.persistent import PersistentPlan
 from mpitrain.collectives.plan import Call, Plan, empty_plan, is_empty
 from mpitrain.collectives.progress import Handle, ProgressEngine
 from mpitrain.collectives.quick import QuickAllreduce, QuickCalls
+from mpitrain.collectives.reclaim import Free
 from mpitrain.collectives.selection import known_algorithms
 from mpitrain.collectives.small import SmallAllreduce
 from mpitrain.collectives.table import Table
@@ -30,7 +32,7 @@ from mpitrain.collectives.verbs import Collectives
 from mpitrain.comm import Topology, Transport
 from mpitrain.config import Settings, prepare_mpi_wheel
 from mpitrain.errors import CollectiveMismatchError
-from mpitrain.memory import SharedArray, as_dtype, flat_view, is_on_device
+from mpitrain.memory import flat_view, is_on_device
 from mpitrain.observe import show_messages
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ Result = TypeVar("Result")
 _MOST_TAGS = 32768
 
 
-class Communicator(Collectives):
+class Communicator(Collectives, Allocation):
     """Collectives among a group of ranks, on NumPy arrays and torch CPU tensors.
 
         comm = Communicator.from_mpi()
@@ -83,6 +85,7 @@ class Communicator(Collectives):
         self._watch = PeerWatch(transport, self.settings)
         self._reclaimer = self._context.reclaimer
         self._devices = DeviceArrays(self._context, self.topology)
+        self._memory = self._context.memory
         self._quick = QuickCalls()
         # Calls are counted by who makes them, and down again by who ends them, mostly the progress thread.
         self._lock = threading.Lock()
@@ -168,26 +171,6 @@ class Communicator(Collectives):
         values = exchange_pickled(self, self.rank, value if self.rank == root else None)
         return value if self.rank == root else pickle.loads(values[root])
 
-    # Memory
-
-    def allocate(self, shape: int | Sequence[int], dtype: Any) -> SharedArray:
-        """Allocate an array, zero at first, in memory that all ranks of a node map. Every rank must call.
-
-            buffer = comm.allocate((1000, 1000), "float32")
-            buffer.numpy()[:] = ...                  # or buffer.tensor()
-            comm.allreduce_(buffer)                  # no message is sent within a node
-
-        The memory is given back some time after the array, and all that was made from it, is gone on all ranks.
-        Where a node has no shared memory left, a warning says so and the array is private on all ranks: everything
-        works, more slowly.
-
-        Args:
-            shape: Same on every rank.
-            dtype: Name, NumPy dtype or torch dtype; same on every rank.
-        """
-        self._reclaimer.reclaim()
-        return self._context.allocate((shape,) if isinstance(shape, int) else tuple(shape), as_dtype(dtype))
-
     # Plans
 
     def plan_allreduce_(self, array: Any, **options: Any) -> PersistentPlan:
@@ -217,7 +200,7 @@ class Communicator(Collectives):
     def start(self, plan: Plan[Result], *, check: bool = False) -> Handle[Result]:
         """Start a plan that was made for this communicator; every rank must start it."""
         description = f"{plan.description}, {plan.place}" if plan.place else plan.description
-        return self.engine.start(self._call(plan, blocking=False, check=check), description)
+        return self.engine.start(self._call(plan, blocking=False, check=check), description, plan.leave)
 
     def run(self, plan: Plan[Result], *, check: bool = False) -> Result:
         """Run a plan that was made for this communicator; every rank must run it."""
@@ -370,7 +353,7 @@ class Communicator(Collectives):
             watch_exit(made)
         return made
 
-    def free_with(self, owner: object, free: Callable[[], None]) -> None:
+    def free_with(self, owner: object, free: Free) -> None:
         """Have `free`, which must not refer to it, called after `owner` is dead on all ranks. Every rank must call."""
         self._reclaimer.register(owner, free)
 

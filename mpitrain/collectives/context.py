@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import math
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,11 +11,13 @@ from numpy.typing import NDArray
 
 from mpitrain.collectives.across import AcrossNodes
 from mpitrain.collectives.choice import AlgorithmChoice
+from mpitrain.collectives.device_direct import DeviceRun, device_allreduce
 from mpitrain.collectives.direct import Across, shared_allreduce, staged_allreduce
 from mpitrain.collectives.executor import Task, execute
 from mpitrain.collectives.gate import Finish
 from mpitrain.collectives.layout import Layout
 from mpitrain.collectives.node import FlagUsers, Node, make_node
+from mpitrain.collectives.node_memory import NodeMemory
 from mpitrain.collectives.observed import ObservedAcross, observed_node
 from mpitrain.collectives.plan import Call
 from mpitrain.collectives.program import Program, compile_program
@@ -27,13 +27,19 @@ from mpitrain.collectives.selection import DIRECT, HIERARCHICAL, Available, choo
 from mpitrain.collectives.table import Shape, Table
 from mpitrain.comm import Request, Topology, Transport
 from mpitrain.config import Settings
-from mpitrain.errors import UnavailableError
-from mpitrain.memory import DType, ReduceOp, ScratchPool, SharedArray, allocate_like, check_op, parse_op
+from mpitrain.memory import (
+    DType,
+    ReduceOp,
+    ScratchPool,
+    SharedArray,
+    SharedDeviceArray,
+    allocate_like,
+    check_op,
+    parse_op,
+)
 from mpitrain.schedules import find_algorithm
 
 __all__ = ["CallOrder", "Context"]
-
-_log = logging.getLogger("mpitrain")
 
 
 class CallOrder:
@@ -91,6 +97,7 @@ class Context:
         self.across = None
         if self.node is not None and len(topology.nodes) > 1:
             self.across = AcrossNodes.make(transport, topology, settings, self.scratch)
+        self.memory = NodeMemory(transport, topology, self.node, self.reclaimer)
         # Where all ranks are on one node.
         self.meeting = self.node.meeting if self.node is not None and self.across is None else None
         shared = None if self.node is None else DIRECT if self.across is None else HIERARCHICAL
@@ -161,23 +168,6 @@ class Context:
         """Allocate a result; see `memory.allocate_like`."""
         return allocate_like(array, shape)
 
-    def allocate(self, shape: tuple[int, ...], dtype: DType) -> SharedArray:
-        """Allocate an array of zeros, shared on all nodes or private on all ranks; every rank must call."""
-        count = math.prod(shape)
-        if self.node is None:
-            return SharedArray.private(dtype, shape)
-        try:
-            # A window of no bytes is not to be had.
-            block, problem = self.node.allocate(max(1, count * dtype.itemsize)), ""
-        except UnavailableError as error:
-            block, problem = None, str(error)
-        problems = [text for text in self.transport.gather_everywhere(problem) if text]
-        if not problems and block is not None:
-            return SharedArray(dtype, shape, block.typed(dtype.storage, 0, count), self.node.rank, block)
-        if self.rank == 0:
-            _log.warning("%s; going on with private memory and messages, which is slower", problems[0])
-        return SharedArray.private(dtype, shape)
-
     @property
     def flag_users(self) -> FlagUsers:
         """The calls in flight that use the flags of the node."""
@@ -188,6 +178,15 @@ class Context:
         """Return the task that reduces an array which lies in the node's memory."""
         node, across = self._place_of(call)
         return shared_allreduce(node, array.everybodys, reduction, call.number + 1, across)
+
+    def run_on_device(self, array: SharedDeviceArray, reduction: Reduction, call: Call, run: DeviceRun) -> Task[None]:
+        """Reduce an array that lies in device memory of the node."""
+        node, across = self._place_of(call)
+        end = yield from device_allreduce(node, array, reduction, call.number, begin=run.begin, across=across)
+        run.end(end)
+        # The caller of a blocking call gets an error if it takes too long, and a result that is there.
+        while call.blocking and not end.done:
+            yield False
 
     def run_staged(self, data: NDArray[Any], reduction: Reduction, call: Call) -> Task[None]:
         """Reduce an ordinary array through the node's staging memory, when its turn comes."""

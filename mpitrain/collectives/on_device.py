@@ -1,4 +1,7 @@
-"""Collectives on device arrays: straight to MPI if that takes device memory on all ranks, else by way of the host."""
+"""Collectives on device arrays: in device memory that the node shares, else straight to MPI, else by way of the host.
+
+Straight to MPI they go if that is CUDA-aware on all ranks; see `awareness`.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Any
 from mpitrain.collectives import operations
 from mpitrain.collectives.awareness import find_awareness
 from mpitrain.collectives.context import Context
+from mpitrain.collectives.device_plans import plan_in_device_memory
 from mpitrain.collectives.plan import STRAIGHT, Plan
 from mpitrain.collectives.staged import STAGED, plan_staged
 from mpitrain.collectives.straight import goes_straight, plan_straight
@@ -51,6 +55,8 @@ class DeviceArrays:
             UnavailableError: CuPy, or what it needs, is missing.
             MemoryError: The device has no room for the result.
         """
+        if (plan := plan_in_device_memory(self._context, make_plan, arguments, options)) is not None:
+            return plan
         if make_plan in (operations.plan_allreduce, operations.plan_broadcast) and not options.get("in_place", False):
             arguments = [copy_of(arguments[0])]
             options = {**options, "in_place": True}

@@ -57,6 +57,7 @@ class Plan(Generic[Result]):
         small: What does the work of an all-reduce at the meeting.
         is_gated: Whether the task heeds the call's gate; else what it works on must have arrived.
         enter: Called in the caller's thread when a run is called for; notes what the caller's stream has queued.
+        leave: Called in the caller's thread when it has waited for a run: what its stream queues then comes after it.
         prepare: Makes the task of what has to be waited for before this rank says what it brings.
         fallback: Makes the plan that is run instead if another rank's array lies where this plan cannot be run.
         place: Where it is done, for people, if that is not the host's memory; ranks may differ in it.
@@ -72,6 +73,7 @@ class Plan(Generic[Result]):
     small: SmallAllreduce | None = None
     is_gated: bool = False
     enter: Callable[[], None] | None = None
+    leave: Callable[[], None] | None = None
     prepare: Callable[[], Task[None]] | None = None
     fallback: Callable[[], Plan[Result]] | None = None
     place: str = ""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mpitrain.memory import device as device_arrays
 from mpitrain.memory.dtypes import DType, dtype_of_numpy, dtype_of_torch
 from mpitrain.memory.loaded import TorchModule, loaded_torch
-from mpitrain.memory.shared import SharedArray
+from mpitrain.memory.shared import NodeArray
 
 __all__ = ["FlatArray", "allocate_like", "copy_of", "flat_view", "is_on_device"]
 
@@ -68,7 +68,7 @@ def flat_view(array: object, *, name: str = "array", writable: bool = False) -> 
 
     Args:
         array: `numpy.ndarray`, NumPy scalar (read only), torch tensor (also one that requires grad: the view is
-            outside autograd), CuPy array, `FlatArray` (returned as it is), `SharedArray`, or an object with
+            outside autograd), CuPy array, `FlatArray` (returned as it is), a `NodeArray`, or an object with
             `__array_interface__` or `__cuda_array_interface__`. Row-major contiguous; any shape, including `()`
             and empty.
         name: What messages call it.
@@ -83,8 +83,8 @@ def flat_view(array: object, *, name: str = "array", writable: bool = False) -> 
         return _view_numpy(array, array, name, writable)
     if isinstance(array, FlatArray):
         return array
-    if isinstance(array, SharedArray):
-        return FlatArray(array.flat, array.dtype, array.shape, "cpu", array)
+    if isinstance(array, NodeArray):
+        return FlatArray(array.flat, array.dtype, array.shape, array.place, array)
     torch = loaded_torch()
     if torch is not None and isinstance(array, torch.Tensor):
         return _view_torch(array, torch, name, writable)
@@ -99,10 +99,12 @@ def is_on_device(array: object) -> bool:
         return False
     if isinstance(array, FlatArray):
         return not array.is_host
+    if isinstance(array, NodeArray):
+        return array.place != "cpu"
     torch = loaded_torch()
     if torch is not None and isinstance(array, torch.Tensor):
         return bool(cast("Any", array).is_cuda)
-    return not isinstance(array, SharedArray) and device_arrays.is_device_array(array)
+    return device_arrays.is_device_array(array)
 
 
 def allocate_like(array: object, shape: int | Sequence[int]) -> CallersArray:
@@ -117,7 +119,7 @@ def allocate_like(array: object, shape: int | Sequence[int]) -> CallersArray:
     """
     array = array.owner if isinstance(array, FlatArray) else array
     new_shape = (shape,) if isinstance(shape, int) else tuple(shape)
-    if isinstance(array, SharedArray):
+    if isinstance(array, NodeArray):
         return array.new(new_shape)
     torch = loaded_torch()
     if torch is not None and isinstance(array, torch.Tensor):
@@ -141,7 +143,7 @@ def copy_of(array: object) -> CallersArray:
         TypeError: The kind of array, or its dtype, is not supported.
     """
     array = array.owner if isinstance(array, FlatArray) else array
-    if isinstance(array, SharedArray):
+    if isinstance(array, NodeArray):
         copy = array.new(array.shape)
         copy.flat[:] = array.flat
         return copy

@@ -12,17 +12,21 @@ from mpitrain.memory.device.arrays import (
     is_device_array,
     is_read_only,
 )
-from mpitrain.memory.device.library import explained, load_cupy
+from mpitrain.memory.device.ipc import DeviceBlock, allocate_mapped_device
+from mpitrain.memory.device.library import CupyArray, explained, load_cupy
 from mpitrain.memory.device.staging import Image, PinnedArray, pinned_pool
 from mpitrain.memory.device.streams import CallersStream, Event, Stream, Streams, hand_over, produced, streams_of
 
 __all__ = [
     "CallersStream",
+    "CupyArray",
+    "DeviceBlock",
     "Event",
     "Image",
     "PinnedArray",
     "Stream",
     "Streams",
+    "allocate_mapped_device",
     "as_cupy",
     "copy",
     "describe_devices",

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias, cast
 
 from mpitrain.memory.device.arrays import as_cupy, device_id
 from mpitrain.memory.device.library import CupyModule, explained, load_cupy
 from mpitrain.memory.loaded import loaded_torch
+from mpitrain.memory.shared import NodeArray
 
 __all__ = ["CallersStream", "Event", "Stream", "Streams", "hand_over", "produced", "streams_of"]
 
@@ -46,6 +48,15 @@ class Streams:
         with self._cupy.cuda.Device(device):
             self.down, self.up, self.compute = (self._cupy.cuda.Stream(non_blocking=True) for _ in range(3))
 
+    def copy(self, dest: Any, source: Any, stream: Stream) -> None:
+        """Queue a copy of a contiguous array to another one of as many bytes; each is CuPy's, or NumPy's and pinned."""
+        pointers = [
+            int(array.data.ptr) if isinstance(array, self._cupy.ndarray) else int(array.__array_interface__["data"][0])
+            for array in (dest, source)
+        ]
+        runtime = self._cupy.cuda.runtime
+        runtime.memcpyAsync(*pointers, source.nbytes, runtime.memcpyDefault, stream.ptr)
+
     def record(self, stream: Stream) -> Event:
         """Return an event that is done when what was queued on one of these streams is."""
         return _record(self._cupy, self.device, stream.ptr)
@@ -73,7 +84,7 @@ class CallersStream:
     def enter(self) -> None:
         """Take note of what the caller's current stream is, and what it has queued."""
         self._cupy = load_cupy(self._name)
-        self.device, self._pointer = _current_stream(self._cupy, self._array, self._name)
+        self.device, self._pointers = _current_streams(self._cupy, self._array, self._name)
         torch = loaded_torch()
         # A stream of torch is made current by torch, as it is torch that allocates there.
         self._torch = torch if torch is not None and isinstance(self._array, torch.Tensor) else None
@@ -84,7 +95,7 @@ class CallersStream:
 
     def record(self) -> Event:
         """Return an event that is done when what is queued on the stream by now is."""
-        return _record(self._cupy, self.device, self._pointer)
+        return _record_all(self._cupy, self.device, self._pointers)
 
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
@@ -97,13 +108,17 @@ class CallersStream:
                 yield
 
 
+_making = threading.Lock()
+
+
 def streams_of(device: int) -> Streams:
     """Return this process's streams on a device.
 
     Raises:
         UnavailableError: CuPy is not installed.
     """
-    return _streams(load_cupy("streams"), device)
+    with _making:  # two threads that come first must not get different ones
+        return _streams(load_cupy("streams"), device)
 
 
 @functools.cache
@@ -126,8 +141,7 @@ def produced(array: object, *, name: str = "array") -> Event:
         UnavailableError: CuPy is not installed.
     """
     cupy = load_cupy(name)
-    device, stream = _current_stream(cupy, array, name)
-    return _record(cupy, device, stream)
+    return _record_all(cupy, *_current_streams(cupy, array, name))
 
 
 def hand_over(array: object, event: Event, *, name: str = "array") -> None:
@@ -139,18 +153,34 @@ def hand_over(array: object, event: Event, *, name: str = "array") -> None:
         name: What messages call it.
     """
     cupy = load_cupy(name)
-    _, stream = _current_stream(cupy, array, name)
-    cupy.cuda.runtime.streamWaitEvent(stream, event.ptr)
+    _, streams = _current_streams(cupy, array, name)
+    for stream in streams:
+        cupy.cuda.runtime.streamWaitEvent(stream, event.ptr)
 
 
-def _current_stream(cupy: CupyModule, array: object, name: str) -> tuple[int, int]:
-    """Return the number of the device that holds `array`, and the handle of the stream that its owner works on."""
+def _current_streams(cupy: CupyModule, array: object, name: str) -> tuple[int, list[int]]:
+    """Return the number of the device that holds `array`, and handles of the streams that its owner works on."""
     torch = loaded_torch()
     if torch is not None and isinstance(array, torch.Tensor):
         tensor = cast("Any", array)
-        return int(tensor.device.index), int(torch.cuda.current_stream(tensor.device).cuda_stream)
-    device = device_id(as_cupy(array, name=name))
-    return device, int(cupy.cuda.get_current_stream(device).ptr)
+        return int(tensor.device.index), [int(torch.cuda.current_stream(tensor.device).cuda_stream)]
+    is_ours = isinstance(array, NodeArray)
+    device = device_id(cast("Any", array).flat if is_ours else as_cupy(array, name=name))
+    streams = [int(cupy.cuda.get_current_stream(device).ptr)]
+    if is_ours and torch is not None and torch.cuda.is_initialized():
+        # Of memory of ours, both libraries have views.
+        streams.append(int(torch.cuda.current_stream(device).cuda_stream))
+    return device, sorted(set(streams))
+
+
+def _record_all(cupy: CupyModule, device: int, streams: Sequence[int]) -> Event:
+    events = [_record(cupy, device, stream) for stream in streams]
+    if len(events) == 1:
+        return events[0]
+    ours = streams_of(device)
+    for event in events:
+        ours.compute.wait_event(event)
+    return ours.record(ours.compute)
 
 
 def _record(cupy: CupyModule, device: int, stream: int) -> Event:
