@@ -16,17 +16,20 @@ import numpy as np
 from mpitrain.collectives.context import Context
 from mpitrain.collectives.executor import Task
 from mpitrain.collectives.layout import Layout
-from mpitrain.collectives.plan import Call
+from mpitrain.collectives.plan import STRAIGHT, Call
 from mpitrain.comm import Transport
 from mpitrain.config import PREFIX, Settings
 from mpitrain.errors import CollectiveMismatchError
 from mpitrain.memory import ReduceOp, dtype_named
 
-__all__ = ["agree", "check_same_settings", "digest_of", "explain"]
+__all__ = ["FALL_BACK", "agree", "check_same_settings", "digest_of", "explain"]
 
 _INT64 = dtype_named("int64")
 _UINT8 = dtype_named("uint8")
 _DESCRIPTION_NBYTES = 512
+
+FALL_BACK = "some ranks' device memory goes straight to MPI, that of others does not"
+"""What ranks agree on that mean the same collective and bring arrays of different memory."""
 
 
 def agree(context: Context, description: str, call: Call, bring: Callable[[], None] | None = None) -> Task[str]:
@@ -39,7 +42,7 @@ def agree(context: Context, description: str, call: Call, bring: Callable[[], No
         bring: See `Plan`.
 
     Returns:
-        The same on every rank: nothing if they agree, else a message with a line for each description.
+        The same on every rank: nothing if they agree, `FALL_BACK`, or a message with a line for each description.
     """
     task = _agree(context, description, call, bring)
     return task if call.trace is None else call.trace.hold("agreement", task)
@@ -107,6 +110,10 @@ def _exchange(context: Context, description: str, call: Call) -> Task[list[str]]
 
 
 def _message(descriptions: list[str]) -> str:
+    are_straight = {description.endswith(STRAIGHT) for description in descriptions}
+    # What stands before the algorithm is what the caller asked for; ranks agree on the algorithm later.
+    if len(are_straight) == 2 and len({description.partition(" by ")[0] for description in descriptions}) == 1:
+        return FALL_BACK
     by_description: dict[str, list[int]] = {}
     for rank, description in enumerate(descriptions):
         by_description.setdefault(description, []).append(rank)

@@ -22,13 +22,18 @@ class AlgorithmChoice:
 
     def __init__(self, available: Available, shape: Shape, table: Table | None, segment_nbytes: int) -> None:
         self.table = table
-        self._available = available
+        self.available = available
         self._shape = shape
         self._segment_nbytes = segment_nbytes
         self._candidates = {
             collective: tuple(name for name in known_algorithms(collective, available) if name != "auto")
             for collective in ALGORITHMS
         }
+
+    def without_shared_memory(self, *, has_native: bool) -> AlgorithmChoice:
+        """Return a choice for the same ranks among schedules, and the MPI library's own collectives if it has them."""
+        available = Available(has_native and self.available.has_native, None)
+        return AlgorithmChoice(available, self._shape, None, self._segment_nbytes)
 
     def choose(
         self,
@@ -53,13 +58,13 @@ class AlgorithmChoice:
         Raises:
             ValueError: No such algorithm.
         """
-        check_algorithm(collective, name, self._available)
+        check_algorithm(collective, name, self.available)
         if name != "auto":
             return name
         candidates = self._candidates[collective]
-        if on_device and in_window and self._available.shared in candidates:
+        if on_device and in_window and self.available.shared in candidates:
             # Everything else copies the array to the host and back, at a small part of the rate of a device's memory.
-            return str(self._available.shared)
+            return str(self.available.shared)
         if self.table is not None:
             measured = self.table.lookup(collective, nbytes, self._shape, blocking=blocking, in_window=in_window)
             # The table may come from ranks that could share memory where these cannot.

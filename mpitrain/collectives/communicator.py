@@ -7,20 +7,20 @@ import pickle
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from mpitrain.collectives import operations
-from mpitrain.collectives.agreement import agree, check_same_settings
+from mpitrain.collectives.agreement import FALL_BACK, agree, check_same_settings
 from mpitrain.collectives.allocation import Allocation
 from mpitrain.collectives.context import Context
 from mpitrain.collectives.departure import watch_exit
-from mpitrain.collectives.device_plans import plan_on_device
 from mpitrain.collectives.executor import Task
 from mpitrain.collectives.objects import exchange_pickled, plan_root
 from mpitrain.collectives.observer import Observer
+from mpitrain.collectives.on_device import DeviceArrays
 from mpitrain.collectives.peers import PeerWatch
 from mpitrain.collectives.persistent import PersistentPlan
-from mpitrain.collectives.plan import Call, Plan, empty_plan
+from mpitrain.collectives.plan import Call, Plan, empty_plan, is_empty
 from mpitrain.collectives.progress import Handle, ProgressEngine
 from mpitrain.collectives.quick import QuickAllreduce, QuickCalls
 from mpitrain.collectives.reclaim import Free
@@ -84,6 +84,7 @@ class Communicator(Collectives, Allocation):
         self._context = Context(transport, self.topology, self.settings, table)
         self._watch = PeerWatch(transport, self.settings)
         self._reclaimer = self._context.reclaimer
+        self._devices = DeviceArrays(self._context, self.topology)
         self._memory = self._context.memory
         self._quick = QuickCalls()
         # Calls are counted by who makes them, and down again by who ends them, mostly the progress thread.
@@ -206,10 +207,11 @@ class Communicator(Collectives, Allocation):
         return self.engine.drive(self._call(plan, blocking=True, check=check))
 
     def _checked(self, make_plan: Callable[..., Plan[Result]], *arguments: Any, **options: Any) -> Plan[Result]:
-        plan = self._try(make_plan, arguments, options, blocking=True)
-        if self.settings.check:
-            self.engine.drive(self._call(empty_plan(plan.description), blocking=True, check=True))
-        return plan
+        while True:
+            plan = self._try(make_plan, arguments, options, blocking=True)
+            check = empty_plan(plan.description)
+            if not self.settings.check or self.engine.drive(self._call(check, blocking=True, check=True)) is None:
+                return plan
 
     def _try(
         self,
@@ -222,7 +224,7 @@ class Communicator(Collectives, Allocation):
         self._watch.check()
         try:
             if any(map(is_on_device, arguments)):
-                return plan_on_device(self._context, make_plan, arguments, options)
+                return self._devices.plan(make_plan, arguments, options)
             return make_plan(self._context, *arguments, **options)
         except Exception as error:
             if self.settings.check:
@@ -240,7 +242,10 @@ class Communicator(Collectives, Allocation):
             plan.enter()
         context = self._context
         agrees_natively = check and blocking and context.meeting is None
-        starts_native = context.has_native and (plan.uses_native or agrees_natively)
+        # A plan that falls back may need whatever there is.
+        may_fall_back = plan.fallback is not None
+        starts_native = context.has_native and (plan.uses_native or agrees_natively or may_fall_back)
+        uses_node = may_fall_back and context.node is not None
         with self._lock:
             index = self._calls
             self._calls += 1
@@ -248,8 +253,8 @@ class Communicator(Collectives, Allocation):
             self._traffic.operations += 1
             self._traffic.nbytes += plan.nbytes
             ticket = context.native_order.take_ticket() if starts_native else -1
-            staging_ticket = context.staging_order.take_ticket() if plan.uses_staging else -1
-            if plan.uses_flags:
+            staging_ticket = context.staging_order.take_ticket() if plan.uses_staging or uses_node else -1
+            if plan.uses_flags or uses_node:
                 context.flag_users.enter(index)
         call = self.call_of(index)._replace(blocking=blocking, ticket=ticket, staging_ticket=staging_ticket)
         return self._task(plan, call, index, check=check)
@@ -258,13 +263,16 @@ class Communicator(Collectives, Allocation):
         if (recorder := self.engine.recorder) is not None:
             call = call._replace(trace=recorder.operation(plan.description))
         try:
-            if plan.prepare is not None:
-                yield from self._watch.guard(plan.prepare(), plan.description, index)
-            if (check and self.size > 1) or plan.bring is not None:
-                agreement = agree(self._context, plan.description, call, plan.bring)
-                if disagreement := (yield from self._watch.guard(agreement, plan.description, index)):
-                    # All ranks know and nothing was started, so the communicator stays usable.
-                    raise CollectiveMismatchError(disagreement)
+            disagreement = yield from self._agree(plan, call, index, check=check)
+            if disagreement == FALL_BACK:
+                self._devices.stage_from_now_on()
+                if is_empty(plan):
+                    return cast("Result", FALL_BACK)  # whoever checks makes another plan
+                plan = plan if plan.fallback is None else plan.fallback()
+                disagreement = yield from self._agree(plan, call, index, check=check)
+            if disagreement:
+                # All ranks know and nothing was started, so the communicator stays usable.
+                raise CollectiveMismatchError(disagreement)
             if plan.uses_flags:
                 yield from self._watch.guard(self._context.flag_users.turn(index), plan.description, index)
             task = plan.task(call) if call.trace is None else call.trace.watch(plan.task(call))
@@ -278,8 +286,17 @@ class Communicator(Collectives, Allocation):
                 self._context.native_order.give_back(call.ticket)
             if call.staging_ticket >= 0:
                 self._context.staging_order.give_back(call.staging_ticket)
-            if plan.uses_flags:
+            if self._context.node is not None:
                 self._context.flag_users.leave(index)
+
+    def _agree(self, plan: Plan[Any], call: Call, index: int, *, check: bool) -> Task[str]:
+        """Compare what all ranks bring, if that is asked for, when what this one brings is there."""
+        if plan.prepare is not None:
+            yield from self._watch.guard(plan.prepare(), plan.description, index)
+        if not (check and self.size > 1) and plan.bring is None:
+            return ""
+        agreement = agree(self._context, plan.description, call, plan.bring)
+        return (yield from self._watch.guard(agreement, plan.description, index))
 
     # What calls without a plan need, see the module of that name
 

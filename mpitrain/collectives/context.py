@@ -27,7 +27,16 @@ from mpitrain.collectives.selection import DIRECT, HIERARCHICAL, Available, choo
 from mpitrain.collectives.table import Shape, Table
 from mpitrain.comm import Request, Topology, Transport
 from mpitrain.config import Settings
-from mpitrain.memory import DType, ReduceOp, ScratchPool, SharedArray, SharedDeviceArray, check_op, parse_op
+from mpitrain.memory import (
+    DType,
+    ReduceOp,
+    ScratchPool,
+    SharedArray,
+    SharedDeviceArray,
+    allocate_like,
+    check_op,
+    parse_op,
+)
 from mpitrain.schedules import find_algorithm
 
 __all__ = ["CallOrder", "Context"]
@@ -76,8 +85,6 @@ class Context:
         self.settings = settings
         self.rank = transport.rank
         self.size = transport.size
-        self.local_rank = topology.local_rank
-        self.has_told_staging = False
         self.scratch = ScratchPool()
         self._is_freed = False
         # Of what hangs on the communicator.
@@ -146,6 +153,20 @@ class Context:
             gate=call.gate,
             finish=finish,
         )
+
+    def finisher(self, dtype: DType, op: ReduceOp) -> Finish:
+        """Return what turns the sum over all ranks into what was asked for, in place."""
+        return Reduction(dtype, op, self.size).finish
+
+    @staticmethod
+    def copy(target: NDArray[Any], source: NDArray[Any]) -> None:
+        """Copy elements between arrays of this rank, before or after messages."""
+        target[...] = source
+
+    @staticmethod
+    def new_like(array: object, shape: int | Sequence[int]) -> Any:
+        """Allocate a result; see `memory.allocate_like`."""
+        return allocate_like(array, shape)
 
     @property
     def flag_users(self) -> FlagUsers:

@@ -1,4 +1,4 @@
-"""Which way a collective on device arrays goes: through memory of the devices that the node shares, or the host's."""
+"""All-reduces in device memory that the node shares."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from mpitrain.collectives.device_direct import DeviceRun
 from mpitrain.collectives.executor import Task
 from mpitrain.collectives.plan import Call, Plan
 from mpitrain.collectives.reduction import Reduction
-from mpitrain.collectives.staged import plan_staged
 from mpitrain.memory import ReduceOp, SharedDeviceArray, parse_op
 
-__all__ = ["plan_on_device"]
+__all__ = ["plan_in_device_memory"]
 
 
-def plan_on_device(
+def plan_in_device_memory(
     context: Context, make_plan: Callable[..., Plan[Any]], arguments: Sequence[Any], options: dict[str, Any]
-) -> Plan[Any]:
-    """Prepare a collective of which at least one array lies on a device; arguments and errors as of `plan_staged`."""
+) -> Plan[Any] | None:
+    """Prepare a collective by load and store in the memory of devices; None for one that cannot be run so.
+
+    Arguments and errors as of `on_device.DeviceArrays.plan`.
+    """
     if make_plan is operations.plan_allreduce and options.get("in_place", False):
         (array,) = arguments
         if isinstance(array, SharedDeviceArray) and array.is_shared:
-            plan = _plan_direct(context, array, **options)
-            if plan is not None:
-                return plan
-    return plan_staged(context, make_plan, arguments, options)
+            return _plan_direct(context, array, **options)
+    return None
 
 
 def _plan_direct(

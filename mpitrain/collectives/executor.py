@@ -21,7 +21,7 @@ from mpitrain.comm import Bytes, Request, Transport
 from mpitrain.memory import DType, ReduceOp, ScratchPool, reduce_into
 from mpitrain.observe import TRANSFER, OperationTrace
 
-__all__ = ["Task", "execute"]
+__all__ = ["Run", "Task", "execute"]
 
 Result = TypeVar("Result")
 Task = Generator[bool, None, Result]
@@ -59,7 +59,7 @@ def execute(
         finish: Done to every part of the first array, once no transfer touches it any more.
     """
     gated = next((number for number, array in enumerate(arrays) if gate is not None and array is gate.data), None)
-    run = _Run if trace is None else functools.partial(_ObservedRun, trace)
+    run = Run if trace is None else functools.partial(_ObservedRun, trace)
     the_run = run(transport, program, arrays, dtype, tag=tag, op=op)
     if gate is not None and gated is not None:
         the_run.gating = Gating(gate, program, the_run.waits, gated, finish)
@@ -71,7 +71,7 @@ def execute(
         finish(arrays[0])
 
 
-class _Run:
+class Run:
     """The state of one execution."""
 
     def __init__(
@@ -183,10 +183,13 @@ class _Run:
 
     def _reduce(self, index: int) -> None:
         transfer = self.transfers[index]
-        slot = self.landing.pop(index)
         local = self.arrays[transfer.array][transfer.offset : transfer.offset + transfer.count]
-        reduce_into(local, slot[: transfer.count], self.op, self.dtype)
-        self.slots.append(slot)
+        reduce_into(local, self.landing[index][: transfer.count], self.op, self.dtype)
+        self._reduced(index)
+
+    def _reduced(self, index: int) -> None:
+        """What a transfer has brought is reduced."""
+        self.slots.append(self.landing.pop(index))
         self._finish(index)
 
     def _admit(self) -> bool:
@@ -222,7 +225,7 @@ class _Run:
         return self.arrays[transfer.array][transfer.offset : transfer.offset + transfer.count].view("u1")
 
 
-class _ObservedRun(_Run):
+class _ObservedRun(Run):
     """One that says what it does."""
 
     def __init__(self, trace: OperationTrace, *arguments: Any, **options: Any) -> None:

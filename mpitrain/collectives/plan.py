@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from mpitrain.collectives.executor import Task
 from mpitrain.collectives.gate import Gate
 from mpitrain.collectives.small import SmallAllreduce
 from mpitrain.observe import OperationTrace
 
-__all__ = ["Call", "Plan", "empty_plan"]
+__all__ = ["STRAIGHT", "Call", "Plan", "empty_plan", "is_empty"]
+
+STRAIGHT = "straight to MPI"
+"""How the description of a plan ends whose device memory MPI sees."""
 
 Result = TypeVar("Result")
 
@@ -56,6 +59,7 @@ class Plan(Generic[Result]):
         enter: Called in the caller's thread when a run is called for; notes what the caller's stream has queued.
         leave: Called in the caller's thread when it has waited for a run: what its stream queues then comes after it.
         prepare: Makes the task of what has to be waited for before this rank says what it brings.
+        fallback: Makes the plan that is run instead if another rank's array lies where this plan cannot be run.
         place: Where it is done, for people, if that is not the host's memory; ranks may differ in it.
     """
 
@@ -71,12 +75,18 @@ class Plan(Generic[Result]):
     enter: Callable[[], None] | None = None
     leave: Callable[[], None] | None = None
     prepare: Callable[[], Task[None]] | None = None
+    fallback: Callable[[], Plan[Result]] | None = None
     place: str = ""
 
 
 def empty_plan(description: str) -> Plan[None]:
     """Return a plan that does nothing: its description is compared, and its call has a place in the order."""
     return Plan(description, _nothing)
+
+
+def is_empty(plan: Plan[Any]) -> bool:
+    """Whether a plan does nothing."""
+    return plan.task is _nothing
 
 
 def _nothing(_call: Call) -> Task[None]:

@@ -8,7 +8,6 @@ a collective of the host: some of them may bring arrays that lie there, and nobo
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,14 +16,12 @@ from mpitrain.collectives.context import Context
 from mpitrain.collectives.executor import Task
 from mpitrain.collectives.gate import Gate
 from mpitrain.collectives.plan import Call, Plan
-from mpitrain.memory import FlatArray, allocate_like, copy_of, flat_view, is_on_device
-from mpitrain.memory.device import Image, PinnedArray, device_of, produced
+from mpitrain.memory import allocate_like, flat_view, is_on_device
+from mpitrain.memory.device import CallersStream, Image, PinnedArray
 
-__all__ = ["plan_staged"]
+__all__ = ["STAGED", "plan_staged"]
 
-_log = logging.getLogger("mpitrain")
-
-_PLACE = "staged through pinned memory"
+STAGED = "staged through pinned memory"
 
 
 class _Staged:
@@ -40,17 +37,11 @@ class _Staged:
 
     def __init__(self, context: Context, array: Any, *, reads: bool, writes: bool, name: str) -> None:
         self.view = flat_view(array, name=name, writable=writes)
-        _check_device(context, self.view, name)
         self.image = Image(
             PinnedArray(self.view.dtype, self.view.shape), self.view.data, context.settings.device_piece_nbytes
         )
-        self._reads = reads
+        self.reads = reads
         self._writes = writes
-        self._name = name
-
-    def enter(self) -> None:
-        """Begin to copy what the caller's stream has queued by now."""
-        self.image.begin(produced(self.view.owner, name=self._name), reads=self._reads)
 
     def gate(self) -> Gate:
         """Return the way in and out of the image for one run."""
@@ -58,7 +49,11 @@ class _Staged:
 
 
 def plan_staged(
-    context: Context, make_plan: Callable[..., Plan[Any]], arguments: Sequence[Any], options: dict[str, Any]
+    context: Context,
+    make_plan: Callable[..., Plan[Any]],
+    arguments: Sequence[Any],
+    options: dict[str, Any],
+    caller: CallersStream,
 ) -> Plan[Any]:
     """Prepare a collective of which at least one array lies on a device.
 
@@ -66,19 +61,15 @@ def plan_staged(
         context: Of the communicator.
         make_plan: Prepares it on the host.
         arguments: The arrays.
-        options: Others.
+        options: Others; an all-reduce and a broadcast are in place.
+        caller: The stream of who calls.
 
     Raises:
-        ValueError, TypeError: Bad argument; also an array on the device of another rank.
+        ValueError, TypeError: Bad argument.
         UnavailableError: CuPy, or what it needs, is missing.
         MemoryError: The device has no room for the result.
     """
-    _tell_once(context)
     replaces = make_plan in (operations.plan_allreduce, operations.plan_broadcast)
-    first, *others = arguments
-    if replaces and not options.get("in_place", False):
-        first = copy_of(first)
-        options = {**options, "in_place": True}
     is_given = make_plan is not operations.plan_broadcast or context.rank == options.get("root", 0)
     staged = {
         position: _Staged(
@@ -88,17 +79,15 @@ def plan_staged(
             writes=bool(position) or replaces,
             name="out" if position else "array",
         )
-        for position, array in enumerate((first, *others))
+        for position, array in enumerate(arguments)
         if is_on_device(array)
     }
-    images = [
-        staged[position].image.host if position in staged else array for position, array in enumerate((first, *others))
-    ]
+    images = [staged[position].image.host if position in staged else array for position, array in enumerate(arguments)]
     host = make_plan(context, *images, **options)
-    return _plan(context, host, list(staged.values()))
+    return _plan(context, host, list(staged.values()), caller)
 
 
-def _plan(context: Context, host: Plan[Any], staged: list[_Staged]) -> Plan[Any]:
+def _plan(context: Context, host: Plan[Any], staged: list[_Staged], caller: CallersStream) -> Plan[Any]:
     """Return the plan that runs a plan of the host on images."""
 
     def arrived() -> Task[None]:
@@ -114,50 +103,35 @@ def _plan(context: Context, host: Plan[Any], staged: list[_Staged]) -> Plan[Any]
         result = yield from host.task(call)
         for gate in gates:
             gate.give_rest()
-        result, images = _to_device(context, staged, result)
+        result, images = _to_device(context, staged, result, caller)
         while not all(image.is_settled for image in images):
             yield False
         return result
 
     def enter() -> None:
         for each in staged:
-            each.enter()
+            each.image.begin(caller.ready, reads=each.reads)
 
     # What is brought to a meeting of the node's ranks has to be there before.
     prepare = None if host.bring is None else arrived
-    return dataclasses.replace(host, task=task, small=None, is_gated=False, enter=enter, prepare=prepare, place=_PLACE)
+    return dataclasses.replace(host, task=task, small=None, is_gated=False, enter=enter, prepare=prepare, place=STAGED)
 
 
-def _to_device(context: Context, staged: list[_Staged], result: Any) -> tuple[Any, list[Image]]:
+def _to_device(context: Context, staged: list[_Staged], result: Any, caller: CallersStream) -> tuple[Any, list[Image]]:
     """Return what the caller gets for a result of the host, and the images that are still being copied."""
     images = [each.image for each in staged]
     if isinstance(result, tuple):  # of an all-to-all, which says what came from whom
-        array, images = _to_device(context, staged, result[0])
+        array, images = _to_device(context, staged, result[0], caller)
         return (array, *result[1:]), images
     for each in staged:
         if result is each.image.host:
             return each.view.owner, images
     if not isinstance(result, PinnedArray):  # nothing, or the host's own
         return result, images
-    made = allocate_like(staged[0].view, result.shape)
+    with caller.current():
+        made = allocate_like(staged[0].view, result.shape)
     image = Image(result, flat_view(made, writable=True).data, context.settings.device_piece_nbytes)
     # Memory that has just been allocated may still be used by what the caller has queued.
-    image.begin(produced(made), reads=False)
+    image.begin(caller.record(), reads=False)
     image.give(0, result.flat.size)
     return made, [*images, image]
-
-
-def _check_device(context: Context, view: FlatArray, name: str) -> None:
-    number = device_of(context.local_rank)
-    if view.device != f"cuda:{number}":
-        raise ValueError(
-            f"{name}: must be on this rank's device, got {view.device} where local rank {context.local_rank} has "
-            f"cuda:{number}; move it, and call torch.cuda.set_device({number}) before making tensors"
-        )
-
-
-def _tell_once(context: Context) -> None:
-    if not context.has_told_staging:
-        context.has_told_staging = True
-        if context.rank == 0:
-            _log.warning("device arrays are %s; MPI sees only the host's memory", _PLACE)

@@ -70,7 +70,7 @@ def plan_allreduce(
         counts = even_counts(view.count, context.num_chunks("allreduce", name, view.nbytes))
         program = context.program("allreduce", name, Layout.packed(counts), dtype, nbytes=view.nbytes)
 
-    finish = Reduction(dtype, op, context.size).finish
+    finish = context.finisher(dtype, op)
 
     def task(call: Call) -> Task[Any]:
         if uses_native:

@@ -13,7 +13,7 @@ from mpitrain.collectives.executor import Task
 from mpitrain.collectives.layout import Layout
 from mpitrain.collectives.plan import Call, Plan
 from mpitrain.collectives.selection import NATIVE
-from mpitrain.memory import FlatArray, allocate_like, flat_view
+from mpitrain.memory import FlatArray, flat_view
 
 __all__ = ["plan_alltoall"]
 
@@ -96,7 +96,7 @@ def _exchange(
     row_count = math.prod(rest)
     send_counts = tuple(rows * row_count for rows in sent_splits)
     receive_counts = tuple(rows * row_count for rows in received_splits)
-    result = allocate_like(view, (sum(received_splits), *rest))
+    result = context.new_like(view, (sum(received_splits), *rest))
     data = flat_view(result, writable=True).data
     if name == NATIVE:
         native = context.transport.native.alltoall
@@ -104,7 +104,7 @@ def _exchange(
         return result
     layout = Layout.packed(send_counts, receive_counts)
     begin, target = layout.offsets[rank], layout.offsets[context.size + rank]
-    data[target : target + receive_counts[rank]] = view.data[begin : begin + send_counts[rank]]
+    context.copy(data[target : target + receive_counts[rank]], view.data[begin : begin + send_counts[rank]])
     program = context.program("alltoall", name, layout, dtype, nbytes=view.nbytes)
     yield from context.execute(program, [view.data, data], dtype, call)
     return result

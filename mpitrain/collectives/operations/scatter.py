@@ -63,7 +63,7 @@ def plan_scatter(
             data = memory.view(dtype.storage)
         yield from context.execute(program, [data], dtype, call)
         offset = layout.offsets[rank]
-        part.data[:] = data[offset : offset + part.count]
+        context.copy(part.data, data[offset : offset + part.count])
         if memory is not None:
             context.scratch.release(memory)
         return out

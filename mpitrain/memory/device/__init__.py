@@ -15,9 +15,10 @@ from mpitrain.memory.device.arrays import (
 from mpitrain.memory.device.ipc import DeviceBlock, allocate_mapped_device
 from mpitrain.memory.device.library import CupyArray, explained, load_cupy
 from mpitrain.memory.device.staging import Image, PinnedArray, pinned_pool
-from mpitrain.memory.device.streams import Event, Stream, Streams, hand_over, produced, streams_of
+from mpitrain.memory.device.streams import CallersStream, Event, Stream, Streams, hand_over, produced, streams_of
 
 __all__ = [
+    "CallersStream",
     "CupyArray",
     "DeviceBlock",
     "Event",

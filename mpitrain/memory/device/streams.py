@@ -8,8 +8,10 @@ never blocks, asks an event whether it is `done`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias, cast
 
 from mpitrain.memory.device.arrays import as_cupy, device_id
@@ -17,7 +19,7 @@ from mpitrain.memory.device.library import CupyModule, explained, load_cupy
 from mpitrain.memory.loaded import loaded_torch
 from mpitrain.memory.shared import NodeArray
 
-__all__ = ["Event", "Stream", "Streams", "hand_over", "produced", "streams_of"]
+__all__ = ["CallersStream", "Event", "Stream", "Streams", "hand_over", "produced", "streams_of"]
 
 Event: TypeAlias = Any
 """A `cupy.cuda.Event`; `done` tells, without blocking, whether the work before it has ended."""
@@ -60,6 +62,52 @@ class Streams:
         return _record(self._cupy, self.device, stream.ptr)
 
 
+class CallersStream:
+    """The stream that a caller works on: the current one of its thread, in the library that owns its array.
+
+    To be made in the caller's thread; can be used in any.
+
+    Args:
+        array: A device array of any library.
+        name: What messages call it.
+
+    Attributes:
+        device: Number of the device.
+        ready: An event that is done when what the caller has queued before the last `enter` is.
+    """
+
+    def __init__(self, array: object, *, name: str = "array") -> None:
+        self._array = array
+        self._name = name
+        self.enter()
+
+    def enter(self) -> None:
+        """Take note of what the caller's current stream is, and what it has queued."""
+        self._cupy = load_cupy(self._name)
+        self.device, self._pointers = _current_streams(self._cupy, self._array, self._name)
+        torch = loaded_torch()
+        # A stream of torch is made current by torch, as it is torch that allocates there.
+        self._torch = torch if torch is not None and isinstance(self._array, torch.Tensor) else None
+        library = self._cupy if self._torch is None else self._torch
+        ask = library.cuda.get_current_stream if self._torch is None else library.cuda.current_stream
+        self._stream = ask(self.device)
+        self.ready = self.record()
+
+    def record(self) -> Event:
+        """Return an event that is done when what is queued on the stream by now is."""
+        return _record_all(self._cupy, self.device, self._pointers)
+
+    @contextlib.contextmanager
+    def current(self) -> Iterator[None]:
+        """Make it the current stream of this thread."""
+        if self._torch is not None:
+            with self._torch.cuda.stream(self._stream):
+                yield
+        else:
+            with self._cupy.cuda.Device(self.device), self._stream:
+                yield
+
+
 _making = threading.Lock()
 
 
@@ -93,14 +141,7 @@ def produced(array: object, *, name: str = "array") -> Event:
         UnavailableError: CuPy is not installed.
     """
     cupy = load_cupy(name)
-    device, streams = _current_streams(cupy, array, name)
-    events = [_record(cupy, device, stream) for stream in streams]
-    if len(events) == 1:
-        return events[0]
-    ours = streams_of(device)
-    for event in events:
-        ours.compute.wait_event(event)
-    return ours.record(ours.compute)
+    return _record_all(cupy, *_current_streams(cupy, array, name))
 
 
 def hand_over(array: object, event: Event, *, name: str = "array") -> None:
@@ -130,6 +171,16 @@ def _current_streams(cupy: CupyModule, array: object, name: str) -> tuple[int, l
         # Of memory of ours, both libraries have views.
         streams.append(int(torch.cuda.current_stream(device).cuda_stream))
     return device, sorted(set(streams))
+
+
+def _record_all(cupy: CupyModule, device: int, streams: Sequence[int]) -> Event:
+    events = [_record(cupy, device, stream) for stream in streams]
+    if len(events) == 1:
+        return events[0]
+    ours = streams_of(device)
+    for event in events:
+        ours.compute.wait_event(event)
+    return ours.record(ours.compute)
 
 
 def _record(cupy: CupyModule, device: int, stream: int) -> Event:
