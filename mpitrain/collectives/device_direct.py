@@ -22,11 +22,11 @@ from mpitrain.collectives.direct import FILLED, REDUCED, Across, pipeline, slice
 from mpitrain.collectives.executor import Task
 from mpitrain.collectives.node import Node
 from mpitrain.collectives.reduction import Reduction
-from mpitrain.memory import ReduceOp, SharedDeviceArray
+from mpitrain.memory import ReduceOp, SharedDeviceArray, dtype_named
 from mpitrain.memory.device import CupyArray, Event, PinnedArray, hand_over, load_cupy, produced, streams_of
 from mpitrain.memory.device.kernels import reduce_peers
 
-__all__ = ["NUM_EVENTS", "DeviceRun", "device_allreduce"]
+__all__ = ["NUM_EVENTS", "DeviceRun", "check_kernels", "device_allreduce"]
 
 # Operations on one block whose events are told apart; more wait for their turn. CUDA allows few events of this kind.
 _NUM_SLOTS = 16
@@ -111,6 +111,18 @@ def device_allreduce(
     yield from wait(flags, REDUCED, number + 1)
     block.wait(reduced, stream)
     return streams.record(stream)
+
+
+def check_kernels(data: CupyArray) -> None:
+    """Find out whether kernels can be compiled for a device, on memory there that nobody uses yet.
+
+    Raises:
+        UnavailableError: They cannot.
+    """
+    device = int(data.data.device_id)
+    with load_cupy("device").cuda.Device(device):
+        stream = streams_of(device).compute
+        reduce_peers([data], [data], count=1, dtype=dtype_named("uint8"), op=ReduceOp.SUM, stream=stream)
 
 
 def _queue_reduction(

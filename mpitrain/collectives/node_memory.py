@@ -6,7 +6,7 @@ import logging
 import math
 from typing import Any
 
-from mpitrain.collectives.device_direct import NUM_EVENTS
+from mpitrain.collectives.device_direct import NUM_EVENTS, check_kernels
 from mpitrain.collectives.node import Node
 from mpitrain.collectives.reclaim import Reclaimer
 from mpitrain.comm import Topology, Transport
@@ -74,11 +74,13 @@ class NodeMemory:
         if node is None or not is_shared:
             return SharedDeviceArray.private(dtype, shape, device)
         count = math.prod(shape)
+        block, problem = None, ""
         try:
             nbytes = max(1, count * dtype.itemsize)
-            block, problem = allocate_mapped_device(node.rank, nbytes, NUM_EVENTS, device, node.gather), ""
+            block = allocate_mapped_device(node.rank, nbytes, NUM_EVENTS, device, node.gather)
+            check_kernels(block.views[node.rank])
         except UnavailableError as error:
-            block, problem = None, str(error)
+            problem = str(error)
         is_everywhere = self._has_everybody(problem, "private memory and copies through the host")
         if block is None:
             self._reclaimer.register_nothing()

@@ -13,9 +13,18 @@ from mpitrain.memory.device.arrays import (
     is_read_only,
 )
 from mpitrain.memory.device.ipc import DeviceBlock, allocate_mapped_device
-from mpitrain.memory.device.library import CupyArray, explained, load_cupy
+from mpitrain.memory.device.library import CupyArray, explained, is_installed, load_cupy
 from mpitrain.memory.device.staging import Image, PinnedArray, pinned_pool
-from mpitrain.memory.device.streams import CallersStream, Event, Stream, Streams, hand_over, produced, streams_of
+from mpitrain.memory.device.streams import (
+    CallersStream,
+    Event,
+    Stream,
+    Streams,
+    callers_stream,
+    hand_over,
+    produced,
+    streams_of,
+)
 
 __all__ = [
     "CallersStream",
@@ -28,6 +37,7 @@ __all__ = [
     "Streams",
     "allocate_mapped_device",
     "as_cupy",
+    "callers_stream",
     "copy",
     "describe_devices",
     "device_id",
@@ -36,6 +46,7 @@ __all__ = [
     "explained",
     "hand_over",
     "is_device_array",
+    "is_installed",
     "is_read_only",
     "load_cupy",
     "pinned_pool",

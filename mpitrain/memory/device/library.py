@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 from mpitrain.errors import UnavailableError
 
-__all__ = ["CupyArray", "CupyModule", "explained", "load_cupy"]
+__all__ = ["CupyArray", "CupyModule", "explained", "is_installed", "load_cupy"]
 
 CupyModule: TypeAlias = Any
 CupyArray: TypeAlias = Any
@@ -29,6 +30,11 @@ _NO_DRIVER_OR_DEVICE = {
     999: "the driver cannot start; look at nvidia-smi",
 }
 _CUPY_OF_DRIVER = "cupy-cuda12x for CUDA 12, cupy-cuda13x for CUDA 13"
+
+
+def is_installed() -> bool:
+    """Whether CuPy is installed; it is not loaded for that."""
+    return importlib.util.find_spec("cupy") is not None
 
 
 def load_cupy(subject: str) -> CupyModule:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -61,7 +62,7 @@ class SharedDeviceArray(NodeArray):
         """
         return self._shaped(self.flat)
 
-    def tensor(self) -> object:
+    def tensor(self) -> Any:
         import torch
 
         # Torch reads no dtype of CuPy's that has other bits than it says.

@@ -19,7 +19,7 @@ from mpitrain.memory.device.library import CupyModule, explained, load_cupy
 from mpitrain.memory.loaded import loaded_torch
 from mpitrain.memory.shared import NodeArray
 
-__all__ = ["CallersStream", "Event", "Stream", "Streams", "hand_over", "produced", "streams_of"]
+__all__ = ["CallersStream", "Event", "Stream", "Streams", "callers_stream", "hand_over", "produced", "streams_of"]
 
 Event: TypeAlias = Any
 """A `cupy.cuda.Event`; `done` tells, without blocking, whether the work before it has ended."""
@@ -142,6 +142,33 @@ def produced(array: object, *, name: str = "array") -> Event:
     """
     cupy = load_cupy(name)
     return _record_all(cupy, *_current_streams(cupy, array, name))
+
+
+@contextlib.contextmanager
+def callers_stream(array: object, *, name: str = "array") -> Iterator[Stream]:
+    """Give the stream that the caller works on as one of CuPy's, and make its device the current one.
+
+    Args:
+        array: A device array, whose library is asked as in `produced`.
+        name: What messages call it.
+    """
+    cupy = load_cupy(name)
+    device, pointers = _current_streams(cupy, array, name)
+    with cupy.cuda.Device(device):
+        if hasattr(cupy.cuda.Stream, "from_external"):
+            yield cupy.cuda.Stream.from_external(_External(pointers[0]))
+        else:  # CuPy 13
+            yield cupy.cuda.ExternalStream(pointers[0], device)
+
+
+class _External:
+    """A stream of another library, as CUDA's protocol for such streams wants it."""
+
+    def __init__(self, pointer: int) -> None:
+        self._pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._pointer
 
 
 def hand_over(array: object, event: Event, *, name: str = "array") -> None:
