@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import pickle
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from mpitrain.collectives.allocation import Allocation
 from mpitrain.collectives.context import Context
 from mpitrain.collectives.departure import watch_exit
 from mpitrain.collectives.executor import Task
-from mpitrain.collectives.objects import exchange_pickled, plan_root
+from mpitrain.collectives.objects import ObjectCollectives
 from mpitrain.collectives.observer import Observer
 from mpitrain.collectives.on_device import DeviceArrays
 from mpitrain.collectives.peers import PeerWatch
@@ -28,7 +27,6 @@ from mpitrain.collectives.selection import known_algorithms
 from mpitrain.collectives.small import SmallAllreduce
 from mpitrain.collectives.table import Table
 from mpitrain.collectives.table_file import load_table
-from mpitrain.collectives.verbs import Collectives
 from mpitrain.comm import Topology, Transport
 from mpitrain.config import Settings, prepare_mpi_wheel
 from mpitrain.errors import CollectiveMismatchError
@@ -46,8 +44,8 @@ Result = TypeVar("Result")
 _MOST_TAGS = 32768
 
 
-class Communicator(Collectives, Allocation):
-    """Collectives among a group of ranks, on NumPy arrays and torch CPU tensors.
+class Communicator(ObjectCollectives, Allocation):
+    """Collectives among a group of ranks, on NumPy and CuPy arrays and torch tensors, on the host or on devices.
 
         comm = Communicator.from_mpi()
         total = comm.allreduce(array)                  # a new array
@@ -147,29 +145,6 @@ class Communicator(Collectives, Allocation):
     def transport(self) -> Transport:
         """What carries the messages."""
         return self._context.transport
-
-    # Objects
-
-    def allgather_obj(self, value: Any) -> list[Any]:
-        """Collect one picklable value of each rank; every rank returns all, in rank order.
-
-        Ranks of one job trust each other: unpickling runs code that a peer chooses.
-
-        Raises:
-            ValueError: A rank's value cannot be pickled; on every rank.
-        """
-        values = exchange_pickled(self, self.rank, value)
-        return [pickle.loads(data) for data in values]
-
-    def broadcast_obj(self, value: Any = None, *, root: int = 0) -> Any:
-        """Copy the root's picklable `value`, which is ignored elsewhere; every rank returns it, the root its own.
-
-        Raises:
-            ValueError: The root's value cannot be pickled, on every rank; or the root is out of range.
-        """
-        self._run(plan_root, "broadcast_obj", root)
-        values = exchange_pickled(self, self.rank, value if self.rank == root else None)
-        return value if self.rank == root else pickle.loads(values[root])
 
     # Plans
 
