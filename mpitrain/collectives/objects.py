@@ -21,26 +21,8 @@ from mpitrain.collectives.verbs import Collectives
 __all__ = ["ObjectCollectives", "try_pickle"]
 
 
-def try_pickle(value: Any) -> tuple[bytes, str]:
-    """Return the pickled value, or nothing and what is wrong.
-
-    What `pickle` refuses, functions without a name for example, is left to cloudpickle if that is installed.
-    """
-    try:
-        return pickle.dumps(value), ""
-    except Exception as problem:  # noqa: BLE001  (whatever a class's own pickling raises)
-        try:
-            import cloudpickle
-
-            return cloudpickle.dumps(value), ""
-        except ImportError:
-            return b"", f"{type(value).__qualname__} cannot be pickled ({problem}); cloudpickle is not installed"
-        except Exception:  # noqa: BLE001  (see above)
-            return b"", f"{type(value).__qualname__} cannot be pickled ({problem})"
-
-
 class ObjectCollectives(Collectives):
-    """Collectives on what can be pickled."""
+    """Collectives of picklable values."""
 
     @property
     @abc.abstractmethod
@@ -67,6 +49,24 @@ class ObjectCollectives(Collectives):
         self._run(_plan_root, "broadcast_obj", root)
         values = _exchange_pickled(self, self.rank, value if self.rank == root else None)
         return value if self.rank == root else pickle.loads(values[root])
+
+
+def try_pickle(value: Any) -> tuple[bytes, str]:
+    """Return the pickled value, or nothing and what is wrong.
+
+    What `pickle` refuses, functions without a name for example, is left to cloudpickle if that is installed.
+    """
+    try:
+        return pickle.dumps(value), ""
+    except Exception as problem:  # noqa: BLE001  (whatever a class's own pickling raises)
+        try:
+            import cloudpickle
+
+            return cloudpickle.dumps(value), ""
+        except ImportError:
+            return b"", f"{type(value).__qualname__} cannot be pickled ({problem}); cloudpickle is not installed"
+        except Exception:  # noqa: BLE001  (see above)
+            return b"", f"{type(value).__qualname__} cannot be pickled ({problem})"
 
 
 def _exchange_pickled(comm: Collectives, rank: int, value: Any) -> list[bytes]:
