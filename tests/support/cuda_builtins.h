@@ -2,8 +2,8 @@
 //
 // The threads of a block are fibers. One runs until it waits for others, then the next one is started or resumed, so
 // barriers and shuffles mean what they mean on a device. A block whose threads wait at different places, which would
-// hang a device, is reported. Blocks run one after the other, the last one first, and every other block runs its
-// threads backwards, so that a missing barrier does not go unnoticed.
+// hang a device, is reported. Blocks run one after the other, the last one first. So that a missing barrier does not go
+// unnoticed, a warp runs as far ahead of the others as it can, and every other block starts its threads backwards.
 
 // The headers of C++ would take longer to compile than the kernels.
 #include <stdint.h>
@@ -142,21 +142,30 @@ static void wait_at(Barrier* barrier, uint32_t num_threads) {
     while (barrier->generation == generation) swapcontext(&current->context, &scheduler);
 }
 
+// Runs the threads of one warp as far as they come without the others.
+static void run_warp(uint32_t warp) {
+    uint64_t before;
+    do {
+        before = num_events;
+        for (uint32_t index = 0; index < num_fibers; ++index) {
+            if (!fibers[index].is_finished && fibers[index].thread / 32 == warp) resume(&fibers[index]);
+        }
+    } while (num_events != before);
+}
+
 static bool run_block() {
     num_fibers = next_thread = 0;
     block_barrier.num_arrived = 0;
     for (uint32_t warp = 0; warp < MAX_THREADS / 32; ++warp) warp_barriers[warp].num_arrived = 0;
     while (next_thread < blockDim.x) start_fiber();
-    for (bool is_waiting = true; is_waiting;) {
+    for (;;) {
         const uint64_t before = num_events;
-        is_waiting = false;
-        for (uint32_t index = 0; index < num_fibers; ++index) {
-            if (!fibers[index].is_finished) resume(&fibers[index]);
-            is_waiting = is_waiting || !fibers[index].is_finished;
-        }
-        if (is_waiting && num_events == before) return false;
+        for (uint32_t warp = 0; warp < (blockDim.x + 31) / 32; ++warp) run_warp(warp);
+        bool is_finished = true;
+        for (uint32_t index = 0; index < num_fibers; ++index) is_finished = is_finished && fibers[index].is_finished;
+        if (is_finished) return true;
+        if (num_events == before) return false;
     }
-    return true;
 }
 
 static void wait_for_warp() {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from mpitrain.memory.device.kernels import loader
 from tests.support.fake_cupy import stand_in
 from tests.support.host_kernels import COMPILER
 
@@ -13,5 +14,8 @@ def cupy():
     """Put the stand-in in place of CuPy; kernels are done soon after their launch."""
     if COMPILER is None:
         pytest.skip("needs a C++ compiler, g++ or c++")
-    with stand_in(latency_s=0) as module:
+    with stand_in(latency_s=0) as module, pytest.MonkeyPatch.context() as patch:
+        # So few blocks that each has several turns, also with little data.
+        patch.setattr(loader, "_num_multiprocessors", lambda runtime, device: 1)
+        patch.setattr(loader, "_BLOCKS_PER_SM", 2)
         yield module

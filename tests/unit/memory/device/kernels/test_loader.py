@@ -79,7 +79,8 @@ def test_kernel_is_compiled_once_for_each_device(monkeypatch):
 
 
 @needs_compiler
-def test_kernel_runs_on_the_stream_that_is_given(cupy):
+def test_kernel_runs_on_the_stream_that_is_given(fake_cupy):
+    cupy = fake_cupy
     stream = cupy.cuda.Stream(non_blocking=True)
     data = np.ones(4, np.float32)
     cupy._machine.machine.hold(True)
@@ -134,12 +135,11 @@ def test_other_failures_stay_what_they_are(monkeypatch):
             launch_reduction()
 
 
-def test_blocks_fit_the_device_and_the_work():
-    with stand_in() as cupy:
-        runtime = cupy.cuda.runtime
-        most = 8 * runtime.deviceGetAttribute(runtime.cudaDevAttrMultiProcessorCount, 0)
-        assert [num_blocks_for(count) for count in (1, THREADS, THREADS + 1, 1 << 40)] == [1, 1, 2, most]
-        assert [num_blocks_for(1 << 40, limit) for limit in (3, 1 << 20)] == [3, most]
+def test_blocks_fit_the_device_and_the_work(fake_cupy):
+    runtime = fake_cupy.cuda.runtime
+    most = 8 * runtime.deviceGetAttribute(runtime.cudaDevAttrMultiProcessorCount, 0)
+    assert [num_blocks_for(count) for count in (1, THREADS, THREADS + 1, 1 << 40)] == [1, 1, 2, most]
+    assert [num_blocks_for(1 << 40, limit) for limit in (3, 1 << 20)] == [3, most]
 
 
 @pytest.mark.parametrize(
