@@ -19,12 +19,12 @@ from mpitrain.collectives.plan import Call, Plan
 from mpitrain.memory import allocate_like, flat_view, is_on_device
 from mpitrain.memory.device import CallersStream, Image, PinnedArray
 
-__all__ = ["STAGED", "plan_staged"]
+__all__ = ["STAGED", "Staged", "StagedRun", "Use", "plan_staged"]
 
 STAGED = "staged through pinned memory"
 
 
-class _Use(NamedTuple):
+class Use(NamedTuple):
     """What a collective does with an array.
 
     Attributes:
@@ -40,7 +40,7 @@ class _Use(NamedTuple):
     is_result: bool
 
 
-class _Staged:
+class Staged:
     """A caller's array on a device, and its image.
 
     Args:
@@ -49,7 +49,7 @@ class _Staged:
         use: What is done with it.
     """
 
-    def __init__(self, context: Context, array: Any, use: _Use) -> None:
+    def __init__(self, context: Context, array: Any, use: Use) -> None:
         self.view = flat_view(array, name=use.name, writable=use.writes)
         host = PinnedArray(self.view.dtype, self.view.shape)
         self.image = Image(host, self.view.data, context.settings.device_piece_nbytes)
@@ -84,11 +84,11 @@ def plan_staged(
     is_broadcast, is_root = make_plan is operations.plan_broadcast, context.rank == options.get("root", 0)
     replaces = is_broadcast or make_plan is operations.plan_allreduce
     uses = (
-        _Use("array", is_root or not is_broadcast, replaces and not (is_broadcast and is_root), replaces),
-        _Use("out", reads=False, writes=True, is_result=True),  # of a scatter
+        Use("array", is_root or not is_broadcast, replaces and not (is_broadcast and is_root), replaces),
+        Use("out", reads=False, writes=True, is_result=True),  # of a scatter
     )
     staged = {
-        position: _Staged(context, array, use)
+        position: Staged(context, array, use)
         for position, (array, use) in enumerate(zip(arguments, uses, strict=False))
         if is_on_device(array)
     }
@@ -97,7 +97,7 @@ def plan_staged(
     return _plan(context, host, list(staged.values()), caller)
 
 
-def _plan(context: Context, host: Plan[Any], staged: list[_Staged], caller: CallersStream) -> Plan[Any]:
+def _plan(context: Context, host: Plan[Any], staged: list[Staged], caller: CallersStream) -> Plan[Any]:
     """Return the plan that runs a plan of the host on images."""
 
     def arrived() -> Task[None]:
@@ -105,29 +105,26 @@ def _plan(context: Context, host: Plan[Any], staged: list[_Staged], caller: Call
             yield False
 
     def task(call: Call) -> Task[Any]:
-        own = [each.gate() for each in staged]
-        results = _Results(context, staged, caller)
-        gates = Gates(own if host.is_gated else [], results.adopt)
+        run = StagedRun(context, staged, caller)
+        gates = Gates(run.own if host.is_gated else [], run.adopt)
         if not host.is_gated:
             yield from arrived()
-        result = results.take((yield from host.task(call._replace(gates=gates))))
-        for gate in [*own, *results.gates]:
-            gate.give_rest()
-        while not results.are_settled:
+        result = run.take((yield from host.task(call._replace(gates=gates))))
+        run.give_rest()
+        while not run.are_settled:
             yield False
         return result
 
     def enter() -> None:
-        for each in staged:
-            each.image.begin(caller.ready, reads=each.use.reads)
+        StagedRun(context, staged, caller).begin()
 
     # What is brought to a meeting of the node's ranks has to be there before.
     prepare = None if host.bring is None else arrived
     return dataclasses.replace(host, task=task, small=None, is_gated=False, enter=enter, prepare=prepare, place=STAGED)
 
 
-class _Results:
-    """What one run gives back, and the images that it comes from.
+class StagedRun:
+    """What one run brings and gives back, and the images of that.
 
     Args:
         context: Of the communicator.
@@ -135,17 +132,35 @@ class _Results:
         caller: The stream of who calls.
     """
 
-    def __init__(self, context: Context, staged: list[_Staged], caller: CallersStream) -> None:
+    def __init__(self, context: Context, staged: list[Staged], caller: CallersStream) -> None:
         self._context = context
         self._staged = staged
         self._caller = caller
         self._made: list[tuple[Any, Any, Gate]] = []  # a result of the host, that on the device, and its gate
         self._images = [each.image for each in staged]
+        self.own = [each.gate() for each in staged]
+        """The gates of what is brought."""
+
+    def begin(self) -> None:
+        """Begin to copy what the caller had queued when its stream was last taken note of."""
+        for each in self._staged:
+            each.image.begin(self._caller.ready, reads=each.use.reads)
+
+    @property
+    def hosts(self) -> list[PinnedArray]:
+        """The images of what is brought."""
+        return [each.image.host for each in self._staged]
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether they are all there."""
+        return all(each.image.has_arrived for each in self._staged)
 
     def adopt(self, result: PinnedArray) -> Gate:
         """Make the array on the device that gets a result of the host."""
+        like = next(each.view for each in self._staged if each.view.dtype is result.dtype)
         with self._caller.current():
-            made = allocate_like(self._staged[0].view, result.shape)
+            made = allocate_like(like, result.shape)
         data = flat_view(made, writable=True).data
         image = Image(result, data, self._context.settings.device_piece_nbytes)
         # Memory that has just been allocated may still be used by what the caller has queued.
@@ -168,10 +183,10 @@ class _Results:
             self.adopt(result)
         return next(made for host, made, _ in self._made if host is result)
 
-    @property
-    def gates(self) -> list[Gate]:
-        """Of what has been made."""
-        return [gate for _, _, gate in self._made]
+    def give_rest(self) -> None:
+        """Everything is final."""
+        for gate in [*self.own, *(gate for _, _, gate in self._made)]:
+            gate.give_rest()
 
     @property
     def are_settled(self) -> bool:
