@@ -45,7 +45,7 @@ _MOST_TAGS = 32768
 
 
 class Communicator(ObjectCollectives, Allocation):
-    """Collectives among a group of ranks, on NumPy arrays and torch CPU tensors.
+    """Collectives among a group of ranks, on NumPy and CuPy arrays and torch tensors, on the host or on devices.
 
         comm = Communicator.from_mpi()
         total = comm.allreduce(array)                  # a new array
@@ -82,7 +82,7 @@ class Communicator(ObjectCollectives, Allocation):
         self._context = Context(transport, self.topology, self.settings, table)
         self._watch = PeerWatch(transport, self.settings)
         self._reclaimer = self._context.reclaimer
-        self._devices = DeviceArrays(self._context, self.topology)
+        self.devices = DeviceArrays(self._context, self.topology)
         self._memory = self._context.memory
         self._quick = QuickCalls()
         # Calls are counted by who makes them, and down again by who ends them, mostly the progress thread.
@@ -199,7 +199,7 @@ class Communicator(ObjectCollectives, Allocation):
         self._watch.check()
         try:
             if any(map(is_on_device, arguments)):
-                return self._devices.plan(make_plan, arguments, options)
+                return self.devices.plan(make_plan, arguments, options)
             return make_plan(self._context, *arguments, **options)
         except Exception as error:
             if self.settings.check:
@@ -240,7 +240,7 @@ class Communicator(ObjectCollectives, Allocation):
         try:
             disagreement = yield from self._agree(plan, call, index, check=check)
             if disagreement == FALL_BACK:
-                self._devices.stage_from_now_on()
+                self.devices.stage_from_now_on()
                 if is_empty(plan):
                     return cast("Result", FALL_BACK)  # whoever checks makes another plan
                 plan = plan if plan.fallback is None else plan.fallback()

@@ -150,7 +150,7 @@ class Context:
             scratch=self.scratch,
             receive_window=self.settings.receive_window,
             trace=call.trace,
-            gate=call.gate,
+            gates=call.gates,
             finish=finish,
         )
 
@@ -164,9 +164,12 @@ class Context:
         target[...] = source
 
     @staticmethod
-    def new_like(array: object, shape: int | Sequence[int]) -> Any:
-        """Allocate a result; see `memory.allocate_like`."""
-        return allocate_like(array, shape)
+    def new_like(array: object, shape: int | Sequence[int], call: Call) -> Any:
+        """Allocate a result of a call; see `memory.allocate_like`."""
+        result = allocate_like(array, shape)
+        if call.gates is not None:
+            call.gates.add(result)
+        return result
 
     @property
     def flag_users(self) -> FlagUsers:
@@ -193,7 +196,8 @@ class Context:
         node, across = self._place_of(call)
         while not self.staging_order.may_start(call.staging_ticket):
             yield False
-        yield from staged_allreduce(node, data, reduction, call.number + 1, across, gate=call.gate)
+        gate = None if call.gates is None else call.gates.of(data)
+        yield from staged_allreduce(node, data, reduction, call.number + 1, across, gate=gate)
 
     def _place_of(self, call: Call) -> tuple[Node, Across | None]:
         """Return where a call reduces in shared memory, watched if somebody wants to know."""

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mpitrain.collectives.gate import Finish, Gate, Gating
+from mpitrain.collectives.gate import Finish, Gates, Gating
 from mpitrain.collectives.program import Program
 from mpitrain.comm import Bytes, Request, Transport
 from mpitrain.memory import DType, ReduceOp, ScratchPool, reduce_into
@@ -40,7 +40,7 @@ def execute(
     scratch: ScratchPool,
     receive_window: int = 4,
     trace: OperationTrace | None = None,
-    gate: Gate | None = None,
+    gates: Gates | None = None,
     finish: Finish | None = None,
 ) -> Task[None]:
     """Return the task that runs `program`.
@@ -55,19 +55,21 @@ def execute(
         scratch: Memory for segments that wait to be reduced is taken from here and given back.
         receive_window: How many such segments may be in flight; more where the program needs it.
         trace: Told what is done, if given.
-        gate: Of one of the arrays, if that has not arrived yet.
+        gates: Of those arrays that have not arrived yet, or leave before the end.
         finish: Done to every part of the first array, once no transfer touches it any more.
     """
-    gated = next((number for number, array in enumerate(arrays) if gate is not None and array is gate.data), None)
     run = Run if trace is None else functools.partial(_ObservedRun, trace)
     the_run = run(transport, program, arrays, dtype, tag=tag, op=op)
-    if gate is not None and gated is not None:
-        the_run.gating = Gating(gate, program, the_run.waits, gated, finish)
+    if gates is not None:
+        for number, array in enumerate(arrays):
+            if (gate := gates.of(array)) is not None:
+                last_touch = None if number else finish
+                the_run.gatings.append(Gating(gate, program, the_run.waits, number, last_touch))
     if program.transfers:
         yield from the_run.task(scratch, receive_window)
-    if the_run.gating is not None:
-        yield from the_run.gating.end()
-    elif finish is not None:
+    for gating in the_run.gatings:
+        yield from gating.end()
+    if finish is not None and (gates is None or gates.of(arrays[0]) is None):
         finish(arrays[0])
 
 
@@ -102,7 +104,7 @@ class Run:
         self.landing: dict[int, NDArray[Any]] = {}
         # Received, but the old contents are still being sent to somebody.
         self.arrived: list[int] = []
-        self.gating: Gating | None = None
+        self.gatings: list[Gating] = []
 
     def task(self, scratch: ScratchPool, receive_window: int) -> Task[None]:
         """Move transfers until none remains."""
@@ -162,7 +164,7 @@ class Run:
         return moved
 
     def _complete(self) -> bool:
-        admitted = self._admit() if self.gating is not None else False
+        admitted = self._admit() if self.gatings else False
         done = self.transport.test_some(self.requests) if self.requests else ()
         if not done:
             return admitted
@@ -194,16 +196,15 @@ class Run:
 
     def _admit(self) -> bool:
         """Let go on what has waited for its memory to arrive."""
-        assert self.gating is not None
-        admitted = self.gating.admit()
+        admitted = [index for gating in self.gatings for index in gating.admit()]
         for index in admitted:
             self._release(index)
         return bool(admitted)
 
     def _finish(self, index: int) -> None:
         self.remaining -= 1
-        if self.gating is not None:
-            self.gating.done(index)
+        for gating in self.gatings:
+            gating.done(index)
         for later in self.transfers[index].releases:
             self._release(later)
 

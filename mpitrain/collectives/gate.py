@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mpitrain.collectives.program import Program
 from mpitrain.memory.device import Image
 
-__all__ = ["Finish", "Gate", "Gating"]
+__all__ = ["Finish", "Gate", "Gates", "Gating"]
 
 Finish = Callable[[NDArray[Any]], None]
 """What is done, in place, to a part of an array when it is final."""
@@ -57,6 +57,27 @@ class Gate:
         for first, last in [*sorted(self._given), (self.data.size, self.data.size)]:
             self.give(begin, first)
             begin = last
+
+
+class Gates:
+    """The gates of one run.
+
+    Args:
+        gates: Of the arrays that are there.
+        adopt: Returns the gate of a result that is allocated in the run.
+    """
+
+    def __init__(self, gates: Sequence[Gate], adopt: Callable[[Any], Gate]) -> None:
+        self._gates = list(gates)
+        self._adopt = adopt
+
+    def of(self, data: NDArray[Any] | None) -> Gate | None:
+        """Return the gate of a flat array; None if it has none."""
+        return next((gate for gate in self._gates if gate.data is data), None)
+
+    def add(self, result: Any) -> None:
+        """A result has been allocated, parts of which may be given away before the end."""
+        self._gates.append(self._adopt(result))
 
 
 class Gating:

@@ -15,7 +15,7 @@ from mpitrain.collectives.awareness import find_awareness
 from mpitrain.collectives.context import Context
 from mpitrain.collectives.device_plans import plan_in_device_memory
 from mpitrain.collectives.plan import STRAIGHT, Plan
-from mpitrain.collectives.staged import STAGED, plan_staged
+from mpitrain.collectives.staged import STAGED, Staged, StagedRun, Use, plan_staged
 from mpitrain.collectives.straight import goes_straight, plan_straight
 from mpitrain.collectives.table_file import Machine
 from mpitrain.comm import Topology, Transport
@@ -75,6 +75,27 @@ class DeviceArrays:
             return dataclasses.replace(plan, enter=_each(caller.enter, plan.enter))
         plan = plan_straight(self._context, make_plan, arguments, options, caller)
         return dataclasses.replace(plan, enter=caller.enter, fallback=self._falling_back(staged))
+
+    def stage(self, views: Sequence[FlatArray], *, in_place: bool) -> StagedRun:
+        """Begin to copy device arrays to the host, for an operation that is made of the host's collectives.
+
+        In the caller's thread.
+
+        Args:
+            views: Of arrays that are all on this rank's device.
+            in_place: Whether they get the results.
+
+        Raises:
+            ValueError: An array on the device of another rank.
+            UnavailableError: CuPy, or what it needs, is missing.
+        """
+        for view in views:
+            self._check_device(view)
+        use = Use("array", reads=True, writes=in_place, is_result=in_place)
+        staged = [Staged(self._context, view, use) for view in views]
+        run = StagedRun(self._context, staged, CallersStream(views[0].owner))
+        run.begin()
+        return run
 
     def stage_from_now_on(self) -> None:
         """Some rank's arrays do not go straight to MPI, so none do any more."""

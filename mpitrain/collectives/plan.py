@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from mpitrain.collectives.executor import Task
-from mpitrain.collectives.gate import Gate
+from mpitrain.collectives.gate import Gates
 from mpitrain.collectives.small import SmallAllreduce
 from mpitrain.observe import OperationTrace
 
@@ -29,7 +29,7 @@ class Call(NamedTuple):
         ticket: Place among the calls that use the MPI library's own collectives; -1 if this one does not.
         staging_ticket: Place among the calls that use the node's staging memory; -1 if this one does not.
         trace: Records the run; None if nobody wants to know.
-        gate: Of an array that is still being copied to the host; None if all are there.
+        gates: Of arrays that are still being copied to the host, or from it; None if all lie there.
     """
 
     tag: int
@@ -38,7 +38,7 @@ class Call(NamedTuple):
     ticket: int = -1
     staging_ticket: int = -1
     trace: OperationTrace | None = None
-    gate: Gate | None = None
+    gates: Gates | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Plan(Generic[Result]):
         bring: Writes what this rank brings to the meeting of the node's ranks; the task begins when all have come. For
             blocking calls where there is a meeting.
         small: What does the work of an all-reduce at the meeting.
-        is_gated: Whether the task heeds the call's gate; else what it works on must have arrived.
+        is_gated: Whether the task heeds the call's gates; else what it works on must have arrived.
         enter: Called in the caller's thread when a run is called for; notes what the caller's stream has queued.
         leave: Called in the caller's thread when it has waited for a run: what its stream queues then comes after it.
         prepare: Makes the task of what has to be waited for before this rank says what it brings.

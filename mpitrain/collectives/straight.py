@@ -135,10 +135,10 @@ class _DeviceContext:
         with _on(self.streams):
             target[...] = source
 
-    def new_like(self, array: object, shape: int | Sequence[int]) -> Any:
+    def new_like(self, array: object, shape: int | Sequence[int], call: Call) -> Any:
         """Allocate on the stream of the caller, who will free it there; what it may still be used for comes first."""
         if not is_on_device(array):
-            return allocate_like(array, shape)
+            return self._context.new_like(array, shape, call)
         with self._caller.current():
             made = allocate_like(array, shape)
         self.streams.compute.wait_event(self._caller.record())

@@ -58,6 +58,11 @@ class FlatArray:
         """Whether `data` is a NumPy array."""
         return self.device == "cpu"
 
+    @property
+    def is_expendable(self) -> bool:
+        """Whether nobody minds if it is overwritten, as it is but the image of a caller's array."""
+        return isinstance(self.owner, device_arrays.PinnedArray)
+
     def bytes(self) -> NDArray[np.uint8]:
         """Return the same memory as a 1-D array of bytes."""
         return self.data.view(np.uint8)

@@ -91,7 +91,7 @@ def test_quick_calls_of_the_host_meet_devices(fake_cupy: Any) -> None:
             is_device = turn == 3 and comm.rank == 0
             array = fake_cupy.full(count, 1.0) if is_device else host
             assert comm.allreduce(array).tolist() == [total] * count
-        comm._devices._awareness = None
+        comm.devices._awareness = None
     comm.free()
 
 

@@ -66,7 +66,7 @@ def plan_allgather(
         program = context.program("allgather", name, layout, dtype, nbytes=nbytes)
 
     def task(call: Call) -> Task[Any]:
-        result = context.new_like(array, (sum(all_rows), *rest))
+        result = context.new_like(array, (sum(all_rows), *rest), call)
         data = flat_view(result, writable=True).data
         offset = layout.offsets[context.rank]
         context.copy(data[offset : offset + view.count], view.data)

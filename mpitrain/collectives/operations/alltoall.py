@@ -83,7 +83,7 @@ def _checked_splits(view: FlatArray, splits: Sequence[int] | None, size: int) ->
 
 def _ask_splits(context: Context, splits: list[int], call: Call) -> Task[list[int]]:
     plan = plan_alltoall(context, np.array(splits, np.int64), algorithm="pairwise")
-    answer, _ = yield from plan.task(call)
+    answer, _ = yield from plan.task(call._replace(gates=None))
     return [int(rows) for rows in answer]
 
 
@@ -96,7 +96,7 @@ def _exchange(
     row_count = math.prod(rest)
     send_counts = tuple(rows * row_count for rows in sent_splits)
     receive_counts = tuple(rows * row_count for rows in received_splits)
-    result = context.new_like(view, (sum(received_splits), *rest))
+    result = context.new_like(view, (sum(received_splits), *rest), call)
     data = flat_view(result, writable=True).data
     if name == NATIVE:
         native = context.transport.native.alltoall

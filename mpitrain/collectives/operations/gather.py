@@ -47,7 +47,7 @@ def plan_gather(
 
     def task(call: Call) -> Task[Any]:
         rows, *rest = view.shape or (1,)
-        result = context.new_like(array, (size * rows, *rest)) if rank == root else None
+        result = context.new_like(array, (size * rows, *rest), call) if rank == root else None
         data = flat_view(result, writable=True).data if rank == root else None
         if uses_native:
             native = context.transport.native.gather

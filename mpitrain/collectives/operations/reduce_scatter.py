@@ -58,21 +58,24 @@ def plan_reduce_scatter(
         program = context.program("reduce_scatter", name, layout, dtype, nbytes=view.nbytes)
 
     def task(call: Call) -> Task[Any]:
-        result = context.new_like(array, (rows[context.rank], *view.shape[1:]))
+        result = context.new_like(array, (rows[context.rank], *view.shape[1:]), call)
         part = flat_view(result, writable=True).data
         if uses_native:
             native = context.transport.native.reduce_scatter
             yield from context.run_native(call, native, view.data, part, counts, dtype, op)
         else:
             # Partial results replace the chunks that are passed on, so the caller's array is copied.
-            memory = context.scratch.acquire(view.nbytes)
-            work = memory.view(dtype.storage)
-            context.copy(work, view.data)
+            memory = None if view.is_expendable else context.scratch.acquire(view.nbytes)
+            work = view.data if memory is None else memory.view(dtype.storage)
+            if memory is not None:
+                context.copy(work, view.data)
             yield from context.execute(program, [work], dtype, call, op)
             offset = layout.offsets[context.rank]
             context.copy(part, work[offset : offset + part.size])
-            context.scratch.release(memory)
+            if memory is not None:
+                context.scratch.release(memory)
         finish(part)
         return result
 
-    return Plan(description, task, uses_native, nbytes=view.nbytes)
+    is_gated = not uses_native and view.is_expendable
+    return Plan(description, task, uses_native, nbytes=view.nbytes, is_gated=is_gated)

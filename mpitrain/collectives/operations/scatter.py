@@ -69,5 +69,9 @@ def plan_scatter(
         return out
 
     return Plan(
-        f"scatter of {dtype} {list(part.shape)} from root {root} by {name}", task, uses_native, nbytes=part.nbytes
+        f"scatter of {dtype} {list(part.shape)} from root {root} by {name}",
+        task,
+        uses_native,
+        nbytes=part.nbytes,
+        is_gated=not uses_native,
     )

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpitrain.memory.device.library import CupyArray, CupyModule, explained, load_cupy
+from mpitrain.memory.device.library import CupyArray, CupyModule, load_cupy
 from mpitrain.memory.device.streams import Event, Stream, streams_of
 from mpitrain.memory.dtypes import DType
 from mpitrain.memory.scratch import ScratchPool
@@ -40,8 +40,15 @@ def pinned_pool() -> ScratchPool:
 @functools.cache
 def _pool(cupy: CupyModule) -> ScratchPool:
     def allocate(nbytes: int) -> NDArray[np.uint8]:
-        with explained("pinned memory"):
-            return np.frombuffer(cupy.cuda.alloc_pinned_memory(nbytes), np.uint8, nbytes)
+        # Not from CuPy's own pool, which rounds up to powers of two.
+        try:
+            pointer = cupy.cuda.PinnedMemoryPointer(cupy.cuda.PinnedMemory(nbytes), 0)
+        except cupy.cuda.runtime.CUDARuntimeError as error:
+            raise MemoryError(
+                f"pinned memory: the host cannot pin {nbytes / 2**20:.1f} MiB, got {error}; "
+                f"reduce smaller arrays at a time, or free memory of the host"
+            ) from error
+        return np.frombuffer(pointer, np.uint8, nbytes)
 
     return ScratchPool(_MOST_IDLE_NBYTES, allocate)
 

@@ -14,11 +14,12 @@ import pytest
 
 from mpitrain.collectives import Communicator
 from mpitrain.collectives.direct import staged_allreduce
-from mpitrain.collectives.gate import Gate
+from mpitrain.collectives.gate import Gate, Gates
 from mpitrain.collectives.layout import Layout, even_counts
 from mpitrain.collectives.reduction import Reduction
 from mpitrain.errors import CollectiveMismatchError
 from mpitrain.memory import FlatArray, ReduceOp, dtype_named
+from mpitrain.memory.device import Image
 from mpitrain.schedules import ALGORITHMS
 from tests.support.cases import CHECKS, Case, device_grid, run_cases
 from tests.support.fake_cupy import stand_in
@@ -84,7 +85,7 @@ def test_broadcast_sends_what_has_arrived():
         context = comm._context
         counts = even_counts(100, context.num_chunks("broadcast", "chain", data.nbytes))
         program = context.program("broadcast", "chain", Layout.packed(counts), dtype, nbytes=data.nbytes)
-        call = comm.call_of(0)._replace(gate=Gate(relay, writes=comm.rank > 0))
+        call = comm.call_of(0)._replace(gates=Gates([Gate(relay, writes=comm.rank > 0)], None))
         comm.engine.drive(context.execute(program, [data], dtype, call))
         return data.tolist()
 
@@ -186,3 +187,33 @@ def test_rank_0_says_once_that_arrays_are_staged(fake_cupy, caplog):
     assert [record.message for record in caplog.records] == [
         "device arrays go staged through pinned memory: ranks are threads"
     ]
+
+
+@pytest.mark.parametrize("shared_memory", [True, False])
+@pytest.mark.parametrize("verb", ["allreduce", "allgather", "broadcast", "reduce_scatter", "alltoall", "gather"])
+def test_results_leave_in_parts_and_every_element_once(fake_cupy, monkeypatch, verb, shared_memory):
+    given = {}
+    give = Image.give
+
+    def record(self, first, last):
+        given.setdefault(id(self), (self, []))[1].extend(range(first, last))
+        give(self, first, last)
+        parts.append((id(self), last - first))
+
+    parts = []
+    monkeypatch.setattr(Image, "give", record)
+
+    def body(comm: Communicator) -> int:
+        array = fake_cupy.full(600, comm.rank, np.int64)
+        result = getattr(comm, f"{verb}_async")(array).wait()
+        result = result[0] if verb == "alltoall" else result
+        return 0 if result is None or (verb == "broadcast" and comm.rank == 0) else result.size
+
+    sizes = run_communicators(2, body, settings=SMALL_PIECES.replace(shared_memory=shared_memory))
+    wanted = sorted(size for size in sizes if size)
+    found = sorted(len(elements) for _, elements in given.values() if elements)
+    assert found == wanted
+    for image, elements in given.values():
+        assert sorted(elements) == list(range(image.host.flat.size))
+    if verb != "reduce_scatter" or shared_memory:
+        assert max(nbytes for _, nbytes in parts) < max(wanted)

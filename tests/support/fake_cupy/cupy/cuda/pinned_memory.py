@@ -12,6 +12,7 @@ class PinnedMemory:
     """One allocation."""
 
     def __init__(self, size, flags=0):
+        self.nbytes = size
         self.ptr = 0
         self.ptr = runtime.hostAlloc(size, flags)
 
@@ -26,6 +27,15 @@ class PinnedMemoryPointer:
     mem: PinnedMemory
     ptr: int
 
+    def __new__(cls, mem, offset):
+        pointer = _class_of(mem.nbytes - offset).from_address(mem.ptr + offset)
+        pointer.mem = mem
+        pointer.ptr = mem.ptr + offset
+        return pointer
+
+    def __init__(self, mem, offset):
+        """Everything is done."""
+
     def size(self):
         return ctypes.sizeof(self)
 
@@ -37,8 +47,4 @@ def _class_of(nbytes):
 
 
 def alloc_pinned_memory(size):
-    memory = PinnedMemory(max(1, size))
-    pointer = _class_of(max(1, size)).from_address(memory.ptr)
-    pointer.mem = memory
-    pointer.ptr = memory.ptr
-    return pointer
+    return PinnedMemoryPointer(PinnedMemory(max(1, size)), 0)
