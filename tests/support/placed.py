@@ -17,28 +17,39 @@ _SPECIAL = {
 
 
 class Placed:
-    """A copy of `contents` whose first element is `shift` elements after an address that is aligned to 64 bytes.
+    """A copy of `contents` on the device, whose first element is `shift` elements after an address aligned to 64 bytes.
+
+    Args:
+        cupy: CuPy or the stand-in; the array is on the current device.
+        contents: Any array of NumPy.
+        shift: In elements.
 
     Attributes:
-        array: The copy.
-        address: Of its first element.
+        address: Of the first element.
     """
 
-    def __init__(self, contents, shift=0):
+    def __init__(self, cupy, contents, shift=0):
         contents = np.ascontiguousarray(contents)
         start = _MARGIN_NBYTES + shift * contents.itemsize
         memory = np.full(start + contents.nbytes + 2 * _MARGIN_NBYTES, _CANARY, np.uint8)
-        start += -memory.ctypes.data % _MARGIN_NBYTES
-        self._memory = memory
+        memory[start : start + contents.nbytes] = contents.reshape(-1).view(np.uint8)
+        self._dtype, self._shape = contents.dtype, contents.shape
         self._place = slice(start, start + contents.nbytes)
-        self.array = memory[self._place].view(contents.dtype).reshape(contents.shape)
-        self.array[...] = contents
-        self.address = self.array.ctypes.data if contents.size else memory.ctypes.data + start
+        self._download = cupy.asnumpy
+        # CuPy aligns what it allocates to more than the margin.
+        self._memory = cupy.asarray(memory)
+        self.address = self._memory.data.ptr + start
+
+    @property
+    def array(self):
+        """The contents, after what has been waited for; writing to it is not writing to the device."""
+        return self._download(self._memory)[self._place].view(self._dtype).reshape(self._shape)
 
     def check_surroundings(self):
         """Fail if anything was written before or after the array."""
-        assert (self._memory[: self._place.start] == _CANARY).all()
-        assert (self._memory[self._place.stop :] == _CANARY).all()
+        memory = self._download(self._memory)
+        assert (memory[: self._place.start] == _CANARY).all()
+        assert (memory[self._place.stop :] == _CANARY).all()
 
 
 def random_elements(rng, dtype, count, *, special=True):

@@ -1,8 +1,7 @@
 """Finds the sources of the kernels, has CuPy compile them with NVRTC, and launches them.
 
 A kernel is compiled once for each device and set of macros, when it is first launched; CuPy keeps what it has compiled
-on disk, for later processes. Sources include one another but nothing of CUDA's, so that NVRTC, which the driver's CuPy
-brings or finds, is all that it takes.
+on disk, for later processes. Sources include one another but nothing of CUDA's, so NVRTC is all that it takes.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from mpitrain.errors import UnavailableError
+from mpitrain.memory.device.kernels.nvrtc import preload_nvrtc
 from mpitrain.memory.device.library import CupyModule, explained, load_cupy
 from mpitrain.memory.device.streams import Stream
 
@@ -133,6 +133,7 @@ def _function(cupy: CupyModule, device: int, variant: Variant, kernel: str) -> A
 
 @functools.cache
 def _module(cupy: CupyModule, device: int, variant: Variant) -> Any:  # noqa: ARG001 (a key, as above)
+    preload_nvrtc(cupy)
     return cupy.RawModule(code=source_text(variant.source), options=variant.options)
 
 

@@ -23,21 +23,16 @@ def num_scales(count):
 
 def quantise_both(cupy, elements, residual, dtype, shift=0):
     """Return codes, scales and residual of the kernel and of the twin."""
-    results = []
-    for is_kernel in (True, False):
-        count = elements.size
-        arrays = [elements, residual, np.full(count, 99, np.int8), np.full(num_scales(count), 7, np.float32)]
-        placed = [Placed(array, shift) for array in arrays]
-        if is_kernel:
-            quantise_blocks(*[each.address for each in placed], count=count, dtype=DTYPES[dtype])
-            cupy.cuda.get_current_stream().synchronize()
-        else:
-            twins.quantise_blocks(*[each.array for each in placed], dtype=DTYPES[dtype])
-        for each in placed:
-            each.check_surroundings()
-        assert np.array_equal(placed[0].array.view(np.uint8), elements.view(np.uint8))
-        results.append((placed[2].array, placed[3].array, placed[1].array))
-    return results
+    count = elements.size
+    arrays = [elements, residual.copy(), np.full(count, 99, np.int8), np.full(num_scales(count), 7, np.float32)]
+    placed = [Placed(cupy, array, shift) for array in arrays]
+    quantise_blocks(*[each.address for each in placed], count=count, dtype=DTYPES[dtype])
+    twins.quantise_blocks(*arrays, dtype=DTYPES[dtype])
+    cupy.cuda.get_current_stream().synchronize()
+    for each in placed:
+        each.check_surroundings()
+    assert np.array_equal(placed[0].array.view(np.uint8), elements.view(np.uint8))
+    return (placed[2].array, placed[3].array, placed[1].array), (arrays[2], arrays[3], arrays[1])
 
 
 @pytest.mark.parametrize("dtype", SMALL_FLOATS)
@@ -63,9 +58,9 @@ def test_dequantising_kernel_and_twin_agree(cupy, dtype, data):
     count = data.draw(COUNTS, label="count")
     num_peers = data.draw(st.integers(1, 5), label="peers")
     stride = count + data.draw(st.sampled_from([-count % 8, 0, 3]), label="padding")
-    codes = Placed(rng.integers(-127, 128, (num_peers, stride), np.int8), data.draw(st.sampled_from([0, 8, 5])))
-    scales = Placed(random_elements(rng, "float32", num_peers * (num_scales(count) + 1)).reshape(num_peers, -1))
-    target = Placed(random_elements(rng, dtype, count), data.draw(st.sampled_from([0, 1]), label="shift"))
+    codes = Placed(cupy, rng.integers(-127, 128, (num_peers, stride), np.int8), data.draw(st.sampled_from([0, 8, 5])))
+    scales = Placed(cupy, random_elements(rng, "float32", num_peers * (num_scales(count) + 1)).reshape(num_peers, -1))
+    target = Placed(cupy, random_elements(rng, dtype, count), data.draw(st.sampled_from([0, 1]), label="shift"))
     factor = data.draw(st.sampled_from([1.0, 1 / 3, 1e30]), label="factor")
     expected = target.array.copy()
     twins.dequantise_blocks(codes.array[:, :count], scales.array[:, :-1], expected, dtype=DTYPES[dtype], factor=factor)
@@ -94,12 +89,11 @@ def test_what_is_sent_and_what_is_kept_add_up(cupy):
         gradient = rng.standard_normal(count).astype(np.float32)
         total += gradient
         codes, scales, residual = quantise_both(cupy, gradient, residual, "float32")[0]
-        received = np.empty(count, np.float32)
-        dequantise_blocks(
-            codes.ctypes.data, scales.ctypes.data, received.ctypes.data, count=count, dtype=DTYPES["float32"]
-        )
+        received = Placed(cupy, np.empty(count, np.float32))
+        given = [Placed(cupy, array) for array in (codes, scales)]
+        dequantise_blocks(*[each.address for each in (*given, received)], count=count, dtype=DTYPES["float32"])
         cupy.cuda.get_current_stream().synchronize()
-        sent += received
+        sent += received.array
         assert (np.abs(residual) <= 0.5001 * np.repeat(scales, QUANTA)[:count]).all()
     assert np.allclose(sent + residual, total, rtol=0, atol=1e-5)
     assert np.abs(sent - total).max() > 1e-3

@@ -33,7 +33,7 @@ def run_both(cupy, sources, *, targets=(), in_place=(), shifts=None, divisor=Non
     """Return what the kernel and its twin write into all targets; sources that are no targets must stay."""
     count = sources[0].size
     shifts = shifts or [0] * (len(sources) + len(targets))
-    placed = [Placed(array, shift) for array, shift in zip([*sources, *targets], shifts, strict=True)]
+    placed = [Placed(cupy, array, shift) for array, shift in zip([*sources, *targets], shifts, strict=True)]
     outputs = [*range(len(sources), len(placed)), *in_place]
     host = [each.array.copy() for each in placed]
     addresses = [each.address for each in placed]

@@ -20,14 +20,14 @@ COUNTS = st.one_of(st.integers(0, 40), st.sampled_from([TILE - 1, TILE, TILE + 1
 class Layout:
     """Tensors at any address, and a bucket with gaps between them."""
 
-    def __init__(self, rng, tensor_dtype, bucket_dtype, counts, shifts, gaps):
+    def __init__(self, cupy, rng, tensor_dtype, bucket_dtype, counts, shifts, gaps):
         self.tensors = [
-            Placed(random_elements(rng, tensor_dtype, count), shift)
+            Placed(cupy, random_elements(rng, tensor_dtype, count), shift)
             for count, shift in zip(counts, shifts, strict=True)
         ]
         sizes = [count + gap for count, gap in zip(counts, gaps, strict=True)]
         self.offsets = [int(offset) for offset in np.cumsum([0, *sizes])[:-1]]
-        self.bucket = Placed(random_elements(rng, bucket_dtype, sum(sizes)), int(rng.integers(0, 4)))
+        self.bucket = Placed(cupy, random_elements(rng, bucket_dtype, sum(sizes)), int(rng.integers(0, 4)))
         self.dtypes = {"tensor_dtype": DTYPES[tensor_dtype], "bucket_dtype": DTYPES[bucket_dtype]}
         self.table = SegmentTable(counts, self.offsets, **self.dtypes)
 
@@ -61,7 +61,7 @@ def test_kernel_and_twin_agree(cupy, tensor_dtype, bucket_dtype, direction, data
     are_aligned = data.draw(st.booleans(), label="aligned")
     shifts = [0 if are_aligned else int(shift) for shift in rng.integers(0, 8, len(counts))]
     gaps = [-count % 8 if are_aligned else int(gap) for count, gap in zip(counts, rng.integers(0, 5, 6), strict=False)]
-    layout = Layout(rng, tensor_dtype, bucket_dtype, counts, shifts, gaps)
+    layout = Layout(cupy, rng, tensor_dtype, bucket_dtype, counts, shifts, gaps)
     expected = layout.run(direction, data.draw(st.sampled_from([1.0, 0.25, 1 / 3, -1e5]), label="scale"))
     cupy.cuda.get_current_stream().synchronize()
     layout.check(*expected)
@@ -82,7 +82,7 @@ def test_cast_is_that_of_torch(tensor_dtype, bucket_dtype):
 
 def test_table_is_sent_when_an_address_changes(cupy, monkeypatch):
     rng = np.random.default_rng(1)
-    layout = Layout(rng, "float32", "bfloat16", [100, 0, 5000], [0, 1, 2], [4, 0, 3])
+    layout = Layout(cupy, rng, "float32", "bfloat16", [100, 0, 5000], [0, 1, 2], [4, 0, 3])
     sent = []
     copy = cupy.cuda.runtime.memcpyAsync
     monkeypatch.setattr(
@@ -94,10 +94,10 @@ def test_table_is_sent_when_an_address_changes(cupy, monkeypatch):
         layout.check(*expected)
     assert sent == [3 * 40]
     # Moved by one element, the tensor is aligned otherwise, too.
-    layout.tensors[2] = Placed(random_elements(rng, "float32", 5000), 3)
+    layout.tensors[2] = Placed(cupy, random_elements(rng, "float32", 5000), 3)
     layout.check(*[*layout.run("pack", 2.0), cupy.cuda.get_current_stream().synchronize()][:2])
     assert len(sent) == 2
-    layout.bucket = Placed(layout.bucket.array, 1)
+    layout.bucket = Placed(cupy, layout.bucket.array, 1)
     layout.check(*[*layout.run("pack", 3.0), cupy.cuda.get_current_stream().synchronize()][:2])
     assert len(sent) == 3
 
@@ -106,7 +106,7 @@ def test_launches_before_keep_the_table_that_they_were_given(cupy):
     """The table of the second launch must not reach the device, or the pinned memory, before the first has its own."""
     rng = np.random.default_rng(2)
     counts = [100, 200]
-    first, second = (Layout(rng, "float32", "float32", counts, [0, 0], [0, 0]) for _ in range(2))
+    first, second = (Layout(cupy, rng, "float32", "float32", counts, [0, 0], [0, 0]) for _ in range(2))
     second.table = first.table
     expected = first.run("pack", 1.0), second.run("pack", 1.0)
     cupy.cuda.get_current_stream().synchronize()
@@ -128,10 +128,10 @@ def test_arguments_are_checked(cupy):
     with pytest.raises(TypeError, match=r"^dtype: must be a floating-point type, got int32; convert to float32"):
         SegmentTable([1], [0], tensor_dtype=DTYPES["int32"], bucket_dtype=float32)
     table = SegmentTable([1], [0], tensor_dtype=float32, bucket_dtype=float32)
-    data = np.ones(4, np.float32)
+    data = Placed(cupy, np.ones(4, np.float32))
     with pytest.raises(ValueError, match=r"^tensors: must be as many as in the table, 1, got 2; pass all"):
-        table.pack([data.ctypes.data] * 2, data.ctypes.data)
-    table.pack([data.ctypes.data], data[1:].ctypes.data)
+        table.pack([data.address] * 2, data.address)
+    table.pack([data.address], data.address + 4)
     with pytest.raises(ValueError, match=r"^stream: must be the one of the first launch, 0x0, got 0x"):
-        table.pack([data.ctypes.data], data[1:].ctypes.data, stream=cupy.cuda.Stream(non_blocking=True))
+        table.pack([data.address], data.address + 4, stream=cupy.cuda.Stream(non_blocking=True))
     cupy.cuda.get_current_stream().synchronize()

@@ -24,26 +24,20 @@ def wide_of(dtype):
 
 def select_both(cupy, elements, residual, *, threshold, capacity, dtype):
     """Return total, indices, values and residual of the kernel and of the twin."""
-    results = []
-    for is_kernel in (True, False):
-        count = elements.size
-        arrays = [elements, residual, np.full(capacity, -1, np.int32), np.zeros(capacity, elements.dtype)]
-        placed = [Placed(array, 1) for array in arrays]
-        options = {"threshold": threshold, "dtype": DTYPES[dtype]}
-        if is_kernel:
-            total, places = Placed(np.zeros(1, np.int32)), Placed(np.zeros(places_count(count), np.int32))
-            addresses = [each.address for each in (*placed, total)]
-            select_values(*addresses, places=places.address, count=count, capacity=capacity, **options)
-            cupy.cuda.get_current_stream().synchronize()
-            found = int(total.array[0])
-            placed += [total, places]
-        else:
-            found = twins.select_values(*[each.array for each in placed], **options)
-        for each in placed:
-            each.check_surroundings()
-        assert np.array_equal(placed[0].array.view(np.uint8), elements.view(np.uint8))
-        results.append((found, placed[2].array, placed[3].array, placed[1].array))
-    return results
+    count = elements.size
+    arrays = [elements, residual.copy(), np.full(capacity, -1, np.int32), np.zeros(capacity, elements.dtype)]
+    options = {"threshold": threshold, "dtype": DTYPES[dtype]}
+    placed = [Placed(cupy, array, 1) for array in arrays]
+    total, places = (Placed(cupy, np.zeros(size, np.int32)) for size in (1, places_count(count)))
+    addresses = [each.address for each in (*placed, total)]
+    select_values(*addresses, places=places.address, count=count, capacity=capacity, **options)
+    expected = twins.select_values(*arrays, **options)
+    cupy.cuda.get_current_stream().synchronize()
+    for each in (*placed, total, places):
+        each.check_surroundings()
+    assert np.array_equal(placed[0].array.view(np.uint8), elements.view(np.uint8))
+    kernel = int(total.array[0]), placed[2].array, placed[3].array, placed[1].array
+    return kernel, (expected, arrays[2], arrays[3], arrays[1])
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -66,7 +60,7 @@ def test_kernel_and_twin_agree(cupy, dtype, data):
 @pytest.mark.parametrize("num_tiles", [1, THREADS - 1, THREADS, THREADS + 1, 3 * THREADS + 5])
 def test_places_of_tiles_are_the_sums_of_those_before(cupy, num_tiles):
     counts = np.random.default_rng(num_tiles).integers(0, TILE + 1, num_tiles, np.int32)
-    places, total = Placed(counts), Placed(np.zeros(1, np.int32))
+    places, total = Placed(cupy, counts), Placed(cupy, np.zeros(1, np.int32))
     arguments = (places.address, np.int64(num_tiles), total.address)
     launch(select_variant(DTYPES["float32"]), "select_values_places", 1, arguments)
     cupy.cuda.get_current_stream().synchronize()

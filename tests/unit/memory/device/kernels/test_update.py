@@ -61,7 +61,7 @@ def test_kernel_and_twin_agree(cupy, optimizer, parameter, gradient, data):
     arrays = [random_elements(rng, name, count, special=False) for name in names]
     if optimizer == "adam":
         np.abs(arrays[3], out=arrays[3])
-    placed = [Placed(array, shift) for array, shift in zip(arrays, shifts, strict=False)]
+    placed = [Placed(cupy, array, shift) for array, shift in zip(arrays, shifts, strict=False)]
     addresses = [each.address for each in placed]
     is_plain = optimizer == "momentum" and data.draw(st.booleans(), label="plain")
     if is_plain:
@@ -101,21 +101,22 @@ def test_momentum_is_that_of_torch(cupy, options, dtype):
     start, *gradients = (rng.standard_normal(1001).astype(dtype) for _ in range(9))
     tensor = torch.from_numpy(start.copy()).requires_grad_()
     expected = train(lambda parameters: torch.optim.SGD(parameters, lr=0.05, **options), tensor, gradients)
-    parameters = start.copy()
-    momentum = np.full(1001, np.nan, dtype) if "momentum" in options else None
-    for index, gradient in enumerate(gradients):
+    parameters = Placed(cupy, start)
+    momentum = Placed(cupy, np.full(1001, np.nan, dtype)) if "momentum" in options else None
+    kept = [Placed(cupy, gradient) for gradient in gradients]
+    for index, gradient in enumerate(kept):
         update_momentum(
-            parameters.ctypes.data,
-            gradient.ctypes.data,
-            None if momentum is None else momentum.ctypes.data,
+            parameters.address,
+            gradient.address,
+            momentum and momentum.address,
             count=1001,
             parameter_dtype=DTYPES[dtype],
             gradient_dtype=DTYPES[dtype],
             step=MomentumStep(lr=0.05, is_first=index == 0, **options),
         )
     cupy.cuda.get_current_stream().synchronize()
-    assert np.allclose(parameters, expected, rtol=0, atol=40 * np.finfo(dtype).eps)
-    assert np.abs(parameters - start).max() > 0.1
+    assert np.allclose(parameters.array, expected, rtol=0, atol=40 * np.finfo(dtype).eps)
+    assert np.abs(parameters.array - start).max() > 0.1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -127,18 +128,19 @@ def test_adam_is_that_of_torch(cupy, is_decoupled, weight_decay, dtype):
     factory = torch.optim.AdamW if is_decoupled else torch.optim.Adam
     options = {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": weight_decay}
     expected = train(lambda parameters: factory(parameters, **options), tensor, gradients)
-    parameters, mean, square = start.copy(), np.zeros(1001, dtype), np.zeros(1001, dtype)
-    for index, gradient in enumerate(gradients):
+    parameters, mean, square = (Placed(cupy, array) for array in (start, np.zeros_like(start), np.zeros_like(start)))
+    kept = [Placed(cupy, gradient) for gradient in gradients]
+    for index, gradient in enumerate(kept):
         update_adam(
-            *(array.ctypes.data for array in (parameters, gradient, mean, square)),
+            *(each.address for each in (parameters, gradient, mean, square)),
             count=1001,
             parameter_dtype=DTYPES[dtype],
             gradient_dtype=DTYPES[dtype],
             step=AdamStep(step=index + 1, is_decoupled=is_decoupled, **options),
         )
     cupy.cuda.get_current_stream().synchronize()
-    assert np.allclose(parameters, expected, rtol=0, atol=40 * np.finfo(dtype).eps)
-    assert np.abs(parameters - start).max() > 0.1
+    assert np.allclose(parameters.array, expected, rtol=0, atol=40 * np.finfo(dtype).eps)
+    assert np.abs(parameters.array - start).max() > 0.1
 
 
 @pytest.mark.parametrize("gradient", ["float16", "float32"])
@@ -149,10 +151,10 @@ def test_gradient_scale_comes_before_everything_else(cupy, gradient):
     gradients = (4 * rng.integers(-100, 100, 100)).astype(gradient)
     results = []
     for scaled, scale in ((gradients, 0.25), ((gradients / 4).astype(gradient), 1.0)):
-        parameters = start.copy()
+        parameters, given = Placed(cupy, start), Placed(cupy, scaled)
         update_momentum(
-            parameters.ctypes.data,
-            scaled.ctypes.data,
+            parameters.address,
+            given.address,
             None,
             count=100,
             parameter_dtype=DTYPES["float32"],
@@ -160,7 +162,7 @@ def test_gradient_scale_comes_before_everything_else(cupy, gradient):
             step=MomentumStep(lr=0.1, weight_decay=0.5, gradient_scale=scale),
         )
         cupy.cuda.get_current_stream().synchronize()
-        results.append(parameters)
+        results.append(parameters.array)
     assert np.array_equal(*results)
 
 
