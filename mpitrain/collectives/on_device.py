@@ -112,7 +112,9 @@ class DeviceArrays:
         return fall_back
 
     def _is_straight(self) -> bool:
-        """Find out, once, whether this rank's device memory goes straight to MPI."""
+        """Find out, once, whether this rank's device memory goes straight to MPI; it does if there is nobody else."""
+        if self._context.size == 1:
+            return True
         if self._awareness is None:
             self._tell(_awareness(self._context.transport, self._context.settings, device_of(self._local_rank)))
         assert self._awareness is not None
