@@ -124,13 +124,10 @@ class DeviceArrays:
         if self._awareness is None or self._awareness.is_aware != found.is_aware:
             self._awareness = found
             if self._context.rank == 0:
-                way = STRAIGHT if found.is_aware else STAGED
-                _log.log(
-                    logging.INFO if found.is_aware else logging.WARNING,
-                    "device arrays go %s: %s",
-                    way,
-                    found.source,
-                )
+                if found.is_aware:
+                    _log.info("device arrays go %s: %s", STRAIGHT, found.source)
+                else:
+                    _log.warning("device arrays are %s: %s", STAGED, found.source)
 
     def _check_device(self, view: FlatArray) -> None:
         number = device_of(self._local_rank)

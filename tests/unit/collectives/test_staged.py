@@ -185,7 +185,7 @@ def test_rank_0_says_once_that_arrays_are_staged(fake_cupy, caplog):
     with caplog.at_level(logging.INFO, "mpitrain"):
         run_communicators(2, body)
     assert [record.message for record in caplog.records] == [
-        "device arrays go staged through pinned memory: ranks are threads"
+        "device arrays are staged through pinned memory: ranks are threads"
     ]
 
 
