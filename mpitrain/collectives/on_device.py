@@ -112,7 +112,9 @@ class DeviceArrays:
         return fall_back
 
     def _is_straight(self) -> bool:
-        """Find out, once, whether this rank's device memory goes straight to MPI."""
+        """Find out, once, whether this rank's device memory goes straight to MPI; it does if there is nobody else."""
+        if self._context.size == 1:
+            return True
         if self._awareness is None:
             self._tell(_awareness(self._context.transport, self._context.settings, device_of(self._local_rank)))
         assert self._awareness is not None
@@ -122,13 +124,10 @@ class DeviceArrays:
         if self._awareness is None or self._awareness.is_aware != found.is_aware:
             self._awareness = found
             if self._context.rank == 0:
-                way = STRAIGHT if found.is_aware else STAGED
-                _log.log(
-                    logging.INFO if found.is_aware else logging.WARNING,
-                    "device arrays go %s: %s",
-                    way,
-                    found.source,
-                )
+                if found.is_aware:
+                    _log.info("device arrays go %s: %s", STRAIGHT, found.source)
+                else:
+                    _log.warning("device arrays are %s: %s", STAGED, found.source)
 
     def _check_device(self, view: FlatArray) -> None:
         number = device_of(self._local_rank)

@@ -41,7 +41,9 @@ def goes_straight(context: Context, make_plan: Callable[..., Plan[Any]], options
         algorithm = context.settings.algorithm
     reduces = make_plan in _REDUCING
     is_adasum = reduces and str(options.get("op", "")).rpartition(".")[2].lower() == "adasum"
-    return algorithm not in (DIRECT, HIERARCHICAL) and not (reduces and algorithm == NATIVE) and not is_adasum
+    # A rank that is alone has nobody to send to, whatever MPI can do; but MPI would look at the memory all the same.
+    shows_mpi = algorithm == NATIVE and (reduces or context.size == 1)
+    return algorithm not in (DIRECT, HIERARCHICAL) and not shows_mpi and not is_adasum
 
 
 def plan_straight(
@@ -84,7 +86,7 @@ class _DeviceContext:
         self._caller = caller
         self.streams = streams_of(caller.device)
         self.scratch = cast("ScratchPool", _DeviceScratch(self.streams))
-        choice = context.choice.without_shared_memory(has_native=not reduces)
+        choice = context.choice.without_shared_memory(has_native=not reduces and context.size > 1)
         self.choose = choice.choose
         self.available = choice.available
         self.meeting = None
@@ -125,7 +127,7 @@ class _DeviceContext:
         """Return what divides a sum by the number of ranks, if that is asked for."""
 
         def finish(data: NDArray[Any]) -> None:
-            if op is ReduceOp.AVERAGE:
+            if op is ReduceOp.AVERAGE and self._context.size > 1:
                 self._reduce([data], data, dtype, op, self._context.size)
 
         return finish

@@ -185,7 +185,7 @@ def test_rank_0_says_once_that_arrays_are_staged(fake_cupy, caplog):
     with caplog.at_level(logging.INFO, "mpitrain"):
         run_communicators(2, body)
     assert [record.message for record in caplog.records] == [
-        "device arrays go staged through pinned memory: ranks are threads"
+        "device arrays are staged through pinned memory: ranks are threads"
     ]
 
 
@@ -217,3 +217,29 @@ def test_results_leave_in_parts_and_every_element_once(fake_cupy, monkeypatch, v
         assert sorted(elements) == list(range(image.host.flat.size))
     if verb != "reduce_scatter" or shared_memory:
         assert max(nbytes for _, nbytes in parts) < max(wanted)
+
+
+def test_rank_that_is_alone_copies_nothing(fake_cupy, monkeypatch):
+    def fail(*arguments, **options):
+        raise AssertionError("no image is needed")
+
+    monkeypatch.setattr("mpitrain.collectives.staged.Image", fail)
+
+    def body(comm: Communicator) -> None:
+        for verb in ("allreduce", "allgather", "broadcast", "reduce", "reduce_scatter", "gather"):
+            options = {"op": "average"} if "reduce" in verb else {}
+            assert getattr(comm, verb)(fake_cupy.arange(5), **options).tolist() == [0, 1, 2, 3, 4]
+
+    run_communicators(1, body)
+
+
+@pytest.mark.parametrize("size", [3, 4])
+def test_several_nodes(fake_cupy, size):
+    """Slices of what has arrived cross the nodes, and come back."""
+    cases = [Case(count=501, library=library, form=form) for library in ("cupy", "mixed") for form in ("new", "async")]
+
+    def body(comm: Communicator) -> None:
+        for collective, algorithm in (("allreduce", "hierarchical"), ("allreduce", "auto"), ("allgather", "auto")):
+            run_cases(comm, collective, algorithm, iter(cases))
+
+    run_communicators(size, body, settings=SMALL_PIECES, ranks_per_node=2)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from mpitrain.memory.device import hand_over, produced, streams, streams_of
+from mpitrain.memory.device import CallersStream, hand_over, produced, streams, streams_of
 from tests.support.fake_cupy import stand_in
 
 
@@ -98,3 +100,58 @@ def test_torch_is_asked_for_the_stream_of_its_tensors(monkeypatch, number):
         event.synchronize()
         assert ran == ["theirs"]
         assert asked == [Tensor.device] * 2
+
+
+def test_stream_of_a_caller_is_current_in_any_thread(fake_cupy):
+    theirs = fake_cupy.cuda.Stream(non_blocking=True)
+    with theirs:
+        array = fake_cupy.zeros(3)
+        caller = CallersStream(array)
+    seen = []
+
+    def body():
+        with caller.current():
+            seen.append(fake_cupy.cuda.get_current_stream().ptr)
+        seen.append(fake_cupy.cuda.get_current_stream().ptr)
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert seen == [theirs.ptr, 0]
+    assert caller.device == 0
+
+
+def test_caller_is_taken_note_of_anew_at_every_call(fake_cupy):
+    array = fake_cupy.zeros(3)
+    fake_cupy.cuda.Stream.null.synchronize()
+    caller = CallersStream(array)
+    theirs = fake_cupy.cuda.Stream(non_blocking=True)
+    fake_cupy._machine.machine.hold(True)
+    with theirs:
+        array += 1
+        caller.enter()
+    assert not caller.ready.done
+    fake_cupy._machine.machine.hold(False)
+    caller.ready.synchronize()
+    with theirs:
+        assert array.tolist() == [1, 1, 1]
+
+
+def test_stream_of_torch_is_made_current_by_torch(fake_cupy, monkeypatch):
+    entered = []
+    stream = fake_cupy.cuda.Stream(non_blocking=True)
+    of_torch = SimpleNamespace(cuda_stream=stream.ptr)
+
+    class Tensor:
+        device = SimpleNamespace(index=0)
+
+    @contextlib.contextmanager
+    def current(chosen):
+        entered.append(chosen)
+        yield
+
+    cuda = SimpleNamespace(current_stream=lambda device: of_torch, stream=current)
+    monkeypatch.setattr(streams, "loaded_torch", lambda: SimpleNamespace(Tensor=Tensor, cuda=cuda))
+    caller = CallersStream(Tensor())
+    with caller.current():
+        assert entered == [of_torch]
