@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
-
 from mpitrain.errors import UnavailableError
 from mpitrain.memory.device.kernels.nvrtc import preload_nvrtc
 from mpitrain.memory.device.library import CupyModule, explained, load_cupy
@@ -40,7 +38,7 @@ TILE = 4096
 """Elements of a tile, where a kernel works by tiles: 16 for each thread."""
 
 Array: TypeAlias = Any
-"""An address in device memory, or a contiguous CuPy array."""
+"""An address in device memory, as int, or a contiguous CuPy array."""
 
 # More would wait for these to end; as many as fit at once go over the arrays in strides.
 _BLOCKS_PER_SM = 8
@@ -120,9 +118,14 @@ def launch(
         UnavailableError: CuPy, the driver or NVRTC are missing, or the source does not compile for this device.
     """
     cupy = load_cupy("kernels")
-    with explained("kernels"), _compiling(cupy, variant), stream or contextlib.nullcontext():
+    try:
         device = cupy.cuda.runtime.getDevice()
-        _function(cupy, device, variant, kernel)((num_blocks,), (THREADS,), tuple(arguments))
+        with contextlib.nullcontext() if stream is None else stream:
+            _function(cupy, device, variant, kernel)((num_blocks,), (THREADS,), tuple(arguments))
+    except Exception:
+        # Only now, as a launch should take little time.
+        with explained("kernels"), _compiling(cupy, variant):
+            raise
 
 
 @functools.cache
@@ -152,7 +155,7 @@ def _compiling(cupy: CupyModule, variant: Variant) -> Iterator[None]:
             raise
         raise UnavailableError(
             f"kernels: {variant} cannot be compiled, as CuPy {cupy.__version__} does not find NVRTC, got {error}; "
-            f"install cupy-cuda12x[ctk] or cupy-cuda13x[ctk], which bring it, or the CUDA toolkit"
+            f"install nvidia-cuda-nvrtc-cu12 for cupy-cuda12x, or nvidia-cuda-nvrtc for cupy-cuda13x"
         ) from error
 
 
@@ -175,7 +178,7 @@ def _num_multiprocessors(runtime: Any, device: int) -> int:
 
 def address_of(array: Array) -> int:
     """Return the address of an array's first element."""
-    return int(array) if isinstance(array, int | np.integer) else int(array.data.ptr)
+    return array if isinstance(array, int) else int(array.data.ptr)
 
 
 def common_head(arrays: Sequence[tuple[int, int]], group_count: int, count: int) -> int:

@@ -96,7 +96,7 @@ class SegmentTable:
         if self._num_tiles == 0:
             return
         cupy = load_cupy("kernels")
-        stream = stream or cupy.cuda.get_current_stream()
+        stream = cupy.cuda.get_current_stream() if stream is None else stream
         with explained("kernels"):
             table = self._sent(cupy, [address_of(tensor) for tensor in tensors], address_of(bucket), stream)
         arguments = (

@@ -104,7 +104,7 @@ def test_missing_cupy_is_told_with_the_remedy(monkeypatch):
     ("failure", "told"),
     [
         ("syntax", r"does not compile .*kern.cu"),
-        ("library", r"does not find NVRTC, .*; install cupy-cuda12x"),
+        ("library", r"does not find NVRTC, .*; install nvidia-cuda-nvrtc-cu12"),
         ("device", r"no device can be used, got .*; look at nvidia-smi"),
     ],
 )
