@@ -117,7 +117,7 @@ class _Brought(NamedTuple):
     def of(cls, description: str) -> _Brought:
         """Return what says a description."""
         meaning = digest_of(description.partition(" by ")[0]).to_bytes(_MEANING_NBYTES, "little")
-        return cls(meaning, description.endswith(STRAIGHT), description)
+        return cls(meaning, STRAIGHT in description, description)
 
     def to_bytes(self) -> bytes:
         return self.meaning + bytes([self.is_straight]) + self.text.encode()

@@ -14,7 +14,7 @@ from mpitrain.observe import OperationTrace
 __all__ = ["STRAIGHT", "Call", "Plan", "empty_plan", "is_empty"]
 
 STRAIGHT = "straight to MPI"
-"""How the description of a plan ends whose device memory MPI sees."""
+"""What the description of a plan says whose device memory MPI sees."""
 
 Result = TypeVar("Result")
 
