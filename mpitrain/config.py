@@ -60,6 +60,12 @@ def _level(text: str) -> str:
     return text.lower()
 
 
+def _answer(text: str) -> str:
+    if text not in ("auto", "yes", "no"):
+        raise ValueError("must be auto, yes or no")
+    return text
+
+
 def _waiting(text: str) -> str:
     if text not in ("auto", "spin", "sleep"):
         raise ValueError("must be auto, spin or sleep")
@@ -90,6 +96,10 @@ class Settings:
         shared_memory: Let ranks of one node reduce in memory that all of them map, where MPI can share it.
         staging_nbytes: Shared memory of each rank and communicator through which ordinary arrays pass; blocking calls
             have as much again.
+        cuda_aware: Whether device arrays go straight to MPI: "yes", "no", or "auto", which tries it, once on each
+            machine.
+        device_piece_nbytes: Device arrays that pass through pinned memory of the host do so in pieces of this size, so
+            that one is copied while another is on its way to other ranks.
         check: Compare what the ranks bring to each collective before it starts, so that a
             mismatch is an error on every rank. Costs one small all-reduce.
         timeline: File to which rank 0 writes a timeline of all ranks when the job ends; "" records none.
@@ -112,6 +122,8 @@ class Settings:
     stall_shutdown_s: float = 0.0
     shared_memory: bool = True
     staging_nbytes: int = 2 << 20
+    cuda_aware: str = "auto"
+    device_piece_nbytes: int = 1 << 20
     check: bool = True
     timeline: str = ""
     timeline_events: int = 1 << 17
@@ -159,6 +171,8 @@ _PARSERS: dict[str, Callable[[str], object]] = {
     "stall_shutdown_s": _seconds,
     "shared_memory": _switch,
     "staging_nbytes": _positive,
+    "cuda_aware": _answer,
+    "device_piece_nbytes": _positive,
     "check": _switch,
     "timeline": str,
     "timeline_events": _positive,

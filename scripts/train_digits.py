@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from job.devices import take_device
 from job.options import make_parser, positive
 from job.training import Totals, Workload, run_job
 
@@ -51,9 +52,10 @@ def load_digits() -> tuple[torch.Tensor, torch.Tensor]:
 
 def make_workload(options: Namespace) -> Workload:
     """Return the job: the last samples are for testing, the others for training."""
-    images, labels = load_digits()
+    device = take_device(options)
+    images, labels = (tensor.to(device) for tensor in load_digits())
     num_samples = len(labels) - NUM_TEST_SAMPLES
-    model = DigitsNet()
+    model = DigitsNet().to(device)
 
     def batch_loss(indices: Sequence[int]) -> torch.Tensor:
         return F.cross_entropy(model(images[indices]), labels[indices])

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import mpitrain.torch as hvd
+from job.devices import take_device
 from job.options import UsageError, make_parser, positive
 from job.training import Totals, Workload, run_job
 
@@ -71,8 +72,9 @@ class GPT(nn.Module):
         """Return one row of tokens with so many more, each drawn as likely as the model finds it."""
         for _ in range(num_tokens):
             scores = self(tokens[None, -self.context :])[0, -1]
-            drawn = torch.multinomial(scores.softmax(dim=-1), 1, generator=generator)
-            tokens = torch.cat([tokens, drawn])
+            # Drawn on the host, so that the text is the same wherever the model is.
+            drawn = torch.multinomial(scores.softmax(dim=-1).cpu(), 1, generator=generator)
+            tokens = torch.cat([tokens, drawn.to(tokens.device)])
         return tokens
 
 
@@ -103,14 +105,15 @@ def make_workload(options: Namespace) -> Workload:
     """Return the job: windows of the last tenth of the text are for testing, those before for training."""
     if options.width % HEAD_WIDTH:
         raise UsageError(f"--width: must be a multiple of {HEAD_WIDTH}, got {options.width}")
-    context = options.context
+    context, device = options.context, take_device(options)
     # Nodes may have different versions of Python; all ranks take rank 0's text.
-    tokens = encode(hvd.broadcast_object(read_text() if hvd.rank() == 0 else None, name="text"))
+    tokens = encode(hvd.broadcast_object(read_text() if hvd.rank() == 0 else None, name="text")).to(device)
     num_windows = (len(tokens) - 1) // context
     num_samples = num_windows * 9 // 10
     inputs = tokens[: num_windows * context].view(num_windows, context)
     targets = tokens[1 : num_windows * context + 1].view(num_windows, context)
     model = GPT(len(CHARACTERS), context, options.layers, options.width, num_heads=options.width // HEAD_WIDTH)
+    model = model.to(device)
 
     def scores_and_targets(windows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         return model(inputs[windows]).flatten(0, 1), targets[windows].flatten()
@@ -128,7 +131,7 @@ def make_workload(options: Namespace) -> Workload:
 
     def sample() -> str:
         generator = torch.Generator().manual_seed(options.seed)
-        return decode(model.continue_text(encode("def "), options.sample, generator))
+        return decode(model.continue_text(encode("def ").to(device), options.sample, generator))
 
     return Workload(
         model=model,

@@ -10,23 +10,28 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from mpitrain.collectives.context import Context
 from mpitrain.collectives.executor import Task
 from mpitrain.collectives.layout import Layout
-from mpitrain.collectives.plan import Call
+from mpitrain.collectives.plan import STRAIGHT, Call
 from mpitrain.comm import Transport
 from mpitrain.config import PREFIX, Settings
 from mpitrain.errors import CollectiveMismatchError
 from mpitrain.memory import ReduceOp, dtype_named
 
-__all__ = ["agree", "check_same_settings", "digest_of", "explain"]
+__all__ = ["FALL_BACK", "agree", "check_same_settings", "digest_of", "explain"]
 
 _INT64 = dtype_named("int64")
 _UINT8 = dtype_named("uint8")
 _DESCRIPTION_NBYTES = 512
+_MEANING_NBYTES = 7
+
+FALL_BACK = "some ranks' device memory goes straight to MPI, that of others does not"
+"""What ranks agree on that mean the same collective and bring arrays of different memory."""
 
 
 def agree(context: Context, description: str, call: Call, bring: Callable[[], None] | None = None) -> Task[str]:
@@ -39,7 +44,7 @@ def agree(context: Context, description: str, call: Call, bring: Callable[[], No
         bring: See `Plan`.
 
     Returns:
-        The same on every rank: nothing if they agree, else a message with a line for each description.
+        The same on every rank: nothing if they agree, `FALL_BACK`, or a message with a line for each description.
     """
     task = _agree(context, description, call, bring)
     return task if call.trace is None else call.trace.hold("agreement", task)
@@ -95,21 +100,51 @@ def check_same_settings(transport: Transport, settings: Settings) -> None:
             )
 
 
-def _exchange(context: Context, description: str, call: Call) -> Task[list[str]]:
+class _Brought(NamedTuple):
+    """What one rank says.
+
+    Attributes:
+        meaning: Digest of what the caller asked for; ranks agree on the algorithm later.
+        is_straight: Whether its device memory would go straight to MPI.
+        text: The description, or its beginning.
+    """
+
+    meaning: bytes
+    is_straight: bool
+    text: str
+
+    @classmethod
+    def of(cls, description: str) -> _Brought:
+        """Return what says a description."""
+        meaning = digest_of(description.partition(" by ")[0]).to_bytes(_MEANING_NBYTES, "little")
+        return cls(meaning, STRAIGHT in description, description)
+
+    def to_bytes(self) -> bytes:
+        return self.meaning + bytes([self.is_straight]) + self.text.encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> _Brought:
+        meaning, rest = data[:_MEANING_NBYTES], data[_MEANING_NBYTES:]
+        return cls(meaning, bool(rest[0]), rest[1:].rstrip(b"\0").decode(errors="replace"))
+
+
+def _exchange(context: Context, description: str, call: Call) -> Task[list[_Brought]]:
     rank, size = context.rank, context.size
     table = np.zeros((size, _DESCRIPTION_NBYTES), np.uint8)
-    text = description.encode()[:_DESCRIPTION_NBYTES]
-    table[rank, : len(text)] = np.frombuffer(text, np.uint8)
+    data = _Brought.of(description).to_bytes()[:_DESCRIPTION_NBYTES]
+    table[rank, : len(data)] = np.frombuffer(data, np.uint8)
     layout = Layout.packed((_DESCRIPTION_NBYTES,) * size)
     program = context.program("allgather", "ring", layout, _UINT8, nbytes=table.nbytes)
     yield from context.execute(program, [table.reshape(-1)], _UINT8, call)
-    return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in table]
+    return [_Brought.from_bytes(row.tobytes()) for row in table]
 
 
-def _message(descriptions: list[str]) -> str:
+def _message(everything: list[_Brought]) -> str:
+    if len({each.is_straight for each in everything}) == 2 and len({each.meaning for each in everything}) == 1:
+        return FALL_BACK
     by_description: dict[str, list[int]] = {}
-    for rank, description in enumerate(descriptions):
-        by_description.setdefault(description, []).append(rank)
+    for rank, each in enumerate(everything):
+        by_description.setdefault(each.text, []).append(rank)
     lines = [f"  ranks {_ranges(ranks)}: {description}" for description, ranks in by_description.items()]
     return "\n".join(["collective: ranks bring different things; call the same on every rank", *lines])
 

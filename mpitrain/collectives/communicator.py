@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 import contextlib
-import pickle
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from mpitrain.collectives import operations
-from mpitrain.collectives.agreement import agree, check_same_settings
+from mpitrain.collectives.agreement import FALL_BACK, agree, check_same_settings
+from mpitrain.collectives.allocation import Allocation
 from mpitrain.collectives.calls import Calls
 from mpitrain.collectives.context import Context
 from mpitrain.collectives.departure import watch_exit
 from mpitrain.collectives.executor import Task
-from mpitrain.collectives.objects import exchange_pickled, plan_root
+from mpitrain.collectives.objects import ObjectCollectives
 from mpitrain.collectives.observer import Observer
+from mpitrain.collectives.on_device import DeviceArrays
 from mpitrain.collectives.peers import PeerWatch
 from mpitrain.collectives.persistent import PersistentPlan
-from mpitrain.collectives.plan import Call, Plan, empty_plan
+from mpitrain.collectives.plan import Call, Plan, empty_plan, is_empty
 from mpitrain.collectives.progress import Handle, ProgressEngine
 from mpitrain.collectives.quick import QuickAllreduce, QuickCalls
+from mpitrain.collectives.reclaim import Free
 from mpitrain.collectives.selection import known_algorithms
 from mpitrain.collectives.small import SmallAllreduce
 from mpitrain.collectives.table import Table
 from mpitrain.collectives.table_file import load_table
-from mpitrain.collectives.verbs import Collectives
 from mpitrain.comm import Topology, Transport
 from mpitrain.config import Settings
 from mpitrain.errors import CollectiveMismatchError
-from mpitrain.memory import SharedArray, as_dtype, flat_view
+from mpitrain.memory import flat_view, is_on_device
 from mpitrain.observe import show_messages
 
 if TYPE_CHECKING:
@@ -43,8 +44,8 @@ Result = TypeVar("Result")
 _MOST_TAGS = 32768
 
 
-class Communicator(Collectives):
-    """Collectives among a group of ranks, on NumPy arrays and torch CPU tensors.
+class Communicator(ObjectCollectives, Allocation):
+    """Collectives among a group of ranks, on NumPy and CuPy arrays and torch tensors, on the host or on devices.
 
         comm = Communicator.from_mpi()
         total = comm.allreduce(array)                  # a new array
@@ -82,6 +83,8 @@ class Communicator(Collectives):
         self._calls = Calls()
         self._watch = PeerWatch(transport, self.settings, self._calls)
         self._reclaimer = self._context.reclaimer
+        self.devices = DeviceArrays(self._context, self.topology)
+        self._memory = self._context.memory
         self._quick = QuickCalls()
         self._freed = False
         self._observer = Observer(self.topology, self.settings, self.engine, self._watch)
@@ -139,49 +142,6 @@ class Communicator(Collectives):
         """What carries the messages."""
         return self._context.transport
 
-    # Objects
-
-    def allgather_obj(self, value: Any) -> list[Any]:
-        """Collect one picklable value of each rank; every rank returns all, in rank order.
-
-        Ranks of one job trust each other: unpickling runs code that a peer chooses.
-
-        Raises:
-            ValueError: A rank's value cannot be pickled; on every rank.
-        """
-        values = exchange_pickled(self, self.rank, value)
-        return [pickle.loads(data) for data in values]
-
-    def broadcast_obj(self, value: Any = None, *, root: int = 0) -> Any:
-        """Copy the root's picklable `value`, which is ignored elsewhere; every rank returns it, the root its own.
-
-        Raises:
-            ValueError: The root's value cannot be pickled, on every rank; or the root is out of range.
-        """
-        self._run(plan_root, "broadcast_obj", root)
-        values = exchange_pickled(self, self.rank, value if self.rank == root else None)
-        return value if self.rank == root else pickle.loads(values[root])
-
-    # Memory
-
-    def allocate(self, shape: int | Sequence[int], dtype: Any) -> SharedArray:
-        """Allocate an array, zero at first, in memory that all ranks of a node map. Every rank must call.
-
-            buffer = comm.allocate((1000, 1000), "float32")
-            buffer.numpy()[:] = ...                  # or buffer.tensor()
-            comm.allreduce_(buffer)                  # no message is sent within a node
-
-        The memory is given back some time after the array, and all that was made from it, is gone on all ranks.
-        Where a node has no shared memory left, a warning says so and the array is private on all ranks: everything
-        works, more slowly.
-
-        Args:
-            shape: Same on every rank.
-            dtype: Name, NumPy dtype or torch dtype; same on every rank.
-        """
-        self._reclaimer.reclaim()
-        return self._context.allocate((shape,) if isinstance(shape, int) else tuple(shape), as_dtype(dtype))
-
     # Plans
 
     def plan_allreduce_(self, array: Any, **options: Any) -> PersistentPlan:
@@ -210,17 +170,19 @@ class Communicator(Collectives):
 
     def start(self, plan: Plan[Result], *, check: bool = False) -> Handle[Result]:
         """Start a plan that was made for this communicator; every rank must start it."""
-        return self.engine.start(self._call(plan, blocking=False, check=check), plan.description)
+        description = f"{plan.description}, {plan.place}" if plan.place else plan.description
+        return self.engine.start(self._call(plan, blocking=False, check=check), description, plan.leave)
 
     def run(self, plan: Plan[Result], *, check: bool = False) -> Result:
         """Run a plan that was made for this communicator; every rank must run it."""
         return self.engine.drive(self._call(plan, blocking=True, check=check))
 
     def _checked(self, make_plan: Callable[..., Plan[Result]], *arguments: Any, **options: Any) -> Plan[Result]:
-        plan = self._try(make_plan, arguments, options, blocking=True)
-        if self.settings.check:
-            self.engine.drive(self._call(empty_plan(plan.description), blocking=True, check=True))
-        return plan
+        while True:
+            plan = self._try(make_plan, arguments, options, blocking=True)
+            check = empty_plan(plan.description)
+            if not self.settings.check or self.engine.drive(self._call(check, blocking=True, check=True)) is None:
+                return plan
 
     def _try(
         self,
@@ -232,6 +194,8 @@ class Communicator(Collectives):
     ) -> Plan[Result]:
         self._watch.check(self._calls.number)
         try:
+            if any(map(is_on_device, arguments)):
+                return self.devices.plan(make_plan, arguments, options)
             return make_plan(self._context, *arguments, **options)
         except Exception as error:
             if self.settings.check:
@@ -245,16 +209,21 @@ class Communicator(Collectives):
     def _call(self, plan: Plan[Result], *, blocking: bool, check: bool) -> Task[Result]:
         """Return the guarded task of one call; taking its number here keeps calls in order on all ranks."""
         self._watch.check(self._calls.number)
+        if plan.enter is not None:
+            plan.enter()
         context = self._context
         agrees_natively = check and blocking and context.meeting is None
-        starts_native = context.has_native and (plan.uses_native or agrees_natively)
+        # A plan that falls back may need whatever there is.
+        may_fall_back = plan.fallback is not None
+        starts_native = context.has_native and (plan.uses_native or agrees_natively or may_fall_back)
+        uses_node = may_fall_back and context.node is not None
         with self._calls.lock:
             index = self._calls.begin()
             self._traffic.operations += 1
             self._traffic.nbytes += plan.nbytes
             ticket = context.native_order.take_ticket() if starts_native else -1
-            staging_ticket = context.staging_order.take_ticket() if plan.uses_staging else -1
-            if plan.uses_flags:
+            staging_ticket = context.staging_order.take_ticket() if plan.uses_staging or uses_node else -1
+            if plan.uses_flags or uses_node:
                 context.flag_users.enter(index)
         call = self.call_of(index)._replace(blocking=blocking, ticket=ticket, staging_ticket=staging_ticket)
         return self._task(plan, call, index, check=check)
@@ -263,11 +232,16 @@ class Communicator(Collectives):
         if (recorder := self.engine.recorder) is not None:
             call = call._replace(trace=recorder.operation(plan.description))
         try:
-            if (check and self.size > 1) or plan.bring is not None:
-                agreement = agree(self._context, plan.description, call, plan.bring)
-                if disagreement := (yield from self._watch.guard(agreement, plan.description, index)):
-                    # All ranks know and nothing was started, so the communicator stays usable.
-                    raise CollectiveMismatchError(disagreement)
+            disagreement = yield from self._agree(plan, call, index, check=check)
+            if disagreement == FALL_BACK:
+                self.devices.stage_from_now_on()
+                if is_empty(plan):
+                    return cast("Result", FALL_BACK)  # whoever checks makes another plan
+                plan = plan if plan.fallback is None else plan.fallback()
+                disagreement = yield from self._agree(plan, call, index, check=check)
+            if disagreement:
+                # All ranks know and nothing was started, so the communicator stays usable.
+                raise CollectiveMismatchError(disagreement)
             if plan.uses_flags:
                 yield from self._watch.guard(self._context.flag_users.turn(index), plan.description, index)
             task = plan.task(call) if call.trace is None else call.trace.watch(plan.task(call))
@@ -280,8 +254,17 @@ class Communicator(Collectives):
                 self._context.native_order.give_back(call.ticket)
             if call.staging_ticket >= 0:
                 self._context.staging_order.give_back(call.staging_ticket)
-            if plan.uses_flags:
+            if self._context.node is not None:
                 self._context.flag_users.leave(index)
+
+    def _agree(self, plan: Plan[Any], call: Call, index: int, *, check: bool) -> Task[str]:
+        """Compare what all ranks bring, if that is asked for, when what this one brings is there."""
+        if plan.prepare is not None:
+            yield from self._watch.guard(plan.prepare(), plan.description, index)
+        if not (check and self.size > 1) and plan.bring is None:
+            return ""
+        agreement = agree(self._context, plan.description, call, plan.bring)
+        return (yield from self._watch.guard(agreement, plan.description, index))
 
     # What calls without a plan need, see the module of that name
 
@@ -343,7 +326,7 @@ class Communicator(Collectives):
             watch_exit(made)
         return made
 
-    def free_with(self, owner: object, free: Callable[[], None]) -> None:
+    def free_with(self, owner: object, free: Free) -> None:
         """Have `free`, which must not refer to it, called after `owner` is dead on all ranks. Every rank must call."""
         self._reclaimer.register(owner, free)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import math
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,10 +11,13 @@ from numpy.typing import NDArray
 
 from mpitrain.collectives.across import AcrossNodes
 from mpitrain.collectives.choice import AlgorithmChoice
+from mpitrain.collectives.device_direct import DeviceRun, device_allreduce
 from mpitrain.collectives.direct import Across, shared_allreduce, staged_allreduce
 from mpitrain.collectives.executor import Task, execute
+from mpitrain.collectives.gate import Finish
 from mpitrain.collectives.layout import Layout
 from mpitrain.collectives.node import FlagUsers, Node, make_node
+from mpitrain.collectives.node_memory import NodeMemory
 from mpitrain.collectives.observed import ObservedAcross, observed_node
 from mpitrain.collectives.plan import Call
 from mpitrain.collectives.program import Program, compile_program
@@ -26,13 +27,19 @@ from mpitrain.collectives.selection import DIRECT, HIERARCHICAL, Available, choo
 from mpitrain.collectives.table import Shape, Table
 from mpitrain.comm import Request, Topology, Transport
 from mpitrain.config import Settings
-from mpitrain.errors import UnavailableError
-from mpitrain.memory import DType, ReduceOp, ScratchPool, SharedArray, check_op, parse_op
+from mpitrain.memory import (
+    DType,
+    ReduceOp,
+    ScratchPool,
+    SharedArray,
+    SharedDeviceArray,
+    allocate_like,
+    check_op,
+    parse_op,
+)
 from mpitrain.schedules import find_algorithm
 
 __all__ = ["CallOrder", "Context"]
-
-_log = logging.getLogger("mpitrain")
 
 
 class CallOrder:
@@ -90,6 +97,7 @@ class Context:
         self.across = None
         if self.node is not None and len(topology.nodes) > 1:
             self.across = AcrossNodes.make(transport, topology, settings, self.scratch)
+        self.memory = NodeMemory(transport, topology, self.node, self.reclaimer)
         # Where all ranks are on one node.
         self.meeting = self.node.meeting if self.node is not None and self.across is None else None
         shared = None if self.node is None else DIRECT if self.across is None else HIERARCHICAL
@@ -128,8 +136,10 @@ class Context:
         dtype: DType,
         call: Call,
         op: ReduceOp = ReduceOp.SUM,
+        *,
+        finish: Finish | None = None,
     ) -> Task[None]:
-        """Return the task that runs a program on this communicator."""
+        """Return the task that runs a program on this communicator; `finish` as in `executor.execute`."""
         return execute(
             self.transport,
             program,
@@ -140,24 +150,26 @@ class Context:
             scratch=self.scratch,
             receive_window=self.settings.receive_window,
             trace=call.trace,
+            gates=call.gates,
+            finish=finish,
         )
 
-    def allocate(self, shape: tuple[int, ...], dtype: DType) -> SharedArray:
-        """Allocate an array of zeros, shared on all nodes or private on all ranks; every rank must call."""
-        count = math.prod(shape)
-        if self.node is None:
-            return SharedArray.private(dtype, shape)
-        try:
-            # A window of no bytes is not to be had.
-            block, problem = self.node.allocate(max(1, count * dtype.itemsize)), ""
-        except UnavailableError as error:
-            block, problem = None, str(error)
-        problems = [text for text in self.transport.gather_everywhere(problem) if text]
-        if not problems and block is not None:
-            return SharedArray(dtype, shape, block.typed(dtype.storage, 0, count), self.node.rank, block)
-        if self.rank == 0:
-            _log.warning("%s; going on with private memory and messages, which is slower", problems[0])
-        return SharedArray.private(dtype, shape)
+    def finisher(self, dtype: DType, op: ReduceOp) -> Finish:
+        """Return what turns the sum over all ranks into what was asked for, in place."""
+        return Reduction(dtype, op, self.size).finish
+
+    @staticmethod
+    def copy(target: NDArray[Any], source: NDArray[Any]) -> None:
+        """Copy elements between arrays of this rank, before or after messages."""
+        target[...] = source
+
+    @staticmethod
+    def new_like(array: object, shape: int | Sequence[int], call: Call) -> Any:
+        """Allocate a result of a call; see `memory.allocate_like`."""
+        result = allocate_like(array, shape)
+        if call.gates is not None:
+            call.gates.add(result)
+        return result
 
     @property
     def flag_users(self) -> FlagUsers:
@@ -170,12 +182,22 @@ class Context:
         node, across = self._place_of(call)
         return shared_allreduce(node, array.everybodys, reduction, call.number + 1, across)
 
+    def run_on_device(self, array: SharedDeviceArray, reduction: Reduction, call: Call, run: DeviceRun) -> Task[None]:
+        """Reduce an array that lies in device memory of the node."""
+        node, across = self._place_of(call)
+        end = yield from device_allreduce(node, array, reduction, call.number, begin=run.begin, across=across)
+        run.end(end)
+        # The caller of a blocking call gets an error if it takes too long, and a result that is there.
+        while call.blocking and not end.done:
+            yield False
+
     def run_staged(self, data: NDArray[Any], reduction: Reduction, call: Call) -> Task[None]:
         """Reduce an ordinary array through the node's staging memory, when its turn comes."""
         node, across = self._place_of(call)
         while not self.staging_order.may_start(call.staging_ticket):
             yield False
-        yield from staged_allreduce(node, data, reduction, call.number + 1, across)
+        gate = None if call.gates is None else call.gates.of(data)
+        yield from staged_allreduce(node, data, reduction, call.number + 1, across, gate=gate)
 
     def _place_of(self, call: Call) -> tuple[Node, Across | None]:
         """Return where a call reduces in shared memory, watched if somebody wants to know."""

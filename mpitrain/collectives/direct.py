@@ -18,11 +18,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpitrain.collectives.executor import Task
+from mpitrain.collectives.gate import Gate
 from mpitrain.collectives.layout import even_counts
 from mpitrain.collectives.node import Flags, Node
 from mpitrain.collectives.reduction import Reduction
 
-__all__ = ["NEXT_STEPS", "NUM_STAGED", "Across", "Stages", "pipeline", "shared_allreduce", "staged_allreduce", "wait"]
+__all__ = [
+    "FILLED",
+    "NEXT_STEPS",
+    "NUM_STAGED",
+    "REDUCED",
+    "Across",
+    "Stages",
+    "pipeline",
+    "shared_allreduce",
+    "slice_bounds",
+    "staged_allreduce",
+    "wait",
+]
 
 # With one block of a peer beside it, a block stays in a core's own cache. Of 64 KiB to 1 MiB this size was the fastest.
 _BLOCK_NBYTES = 512 << 10
@@ -35,7 +48,7 @@ _PIECE_NBYTES = 1 << 20
 _NUM_ACROSS = 4
 
 # Phases of an operation, each with flags of its own.
-_FILLED, _REDUCED, _EMPTIED = range(3)
+FILLED, REDUCED, EMPTIED = range(3)
 # What a rank does when all have ended a phase.
 NEXT_STEPS = ("reduce", "unpack", "pack")
 
@@ -73,7 +86,7 @@ def shared_allreduce(
     def chain(piece: int) -> Task[None]:
         first = piece * piece_count
         length = min(piece_count, count - first)
-        begin, end = _slice_bounds(length, node, node.rank, own.itemsize, across)
+        begin, end = slice_bounds(length, node, node.rank, own.itemsize, across)
         parts = [buffer[first + begin : first + end] for buffer in buffers]
         if across is None:
             yield from _reduce_blocks(parts, parts, reduction, is_final=True)
@@ -85,19 +98,26 @@ def shared_allreduce(
             if index != node.rank:
                 part[:] = mine
 
-    flags.signal(_FILLED, number)
-    yield from wait(flags, _FILLED, number)
+    flags.signal(FILLED, number)
+    yield from wait(flags, FILLED, number)
     yield from pipeline((chain(piece) for piece in range(num_pieces)), _NUM_ACROSS)
-    flags.signal(_REDUCED, number)
-    yield from wait(flags, _REDUCED, number)
+    flags.signal(REDUCED, number)
+    yield from wait(flags, REDUCED, number)
 
 
 def staged_allreduce(
-    node: Node, array: NDArray[Any], reduction: Reduction, number: int, across: Across | None
+    node: Node,
+    array: NDArray[Any],
+    reduction: Reduction,
+    number: int,
+    across: Across | None,
+    *,
+    gate: Gate | None = None,
 ) -> Task[None]:
     """Reduce an ordinary array, in place, through the staging memory of the node.
 
-    Arguments as for `shared_allreduce`. No other operation may use the staging memory meanwhile.
+    Arguments as for `shared_allreduce`, and the gate of the array if that has not arrived yet. No other operation may
+    use the staging memory meanwhile.
 
     Cost: the array is read once and written once, and what others need of it passes through memory that stays in the
         cache.
@@ -112,18 +132,20 @@ def staged_allreduce(
     def chain(piece: int) -> Task[None]:
         first, slot = piece * piece_count, piece % NUM_STAGED * piece_count
         length = min(piece_count, array.size - first)
-        bounds = [_slice_bounds(length, node, owner, array.itemsize, across) for owner in range(node.size)]
+        bounds = [slice_bounds(length, node, owner, array.itemsize, across) for owner in range(node.size)]
         here = [array[first + begin : first + end] for begin, end in bounds]
         there = [slice(slot + begin, slot + end) for begin, end in bounds]
         others = [owner for owner in range(node.size) if owner != node.rank]
         if piece >= NUM_STAGED:
-            yield from stages.left_by_all(_EMPTIED, piece - NUM_STAGED)
+            yield from stages.left_by_all(EMPTIED, piece - NUM_STAGED)
         else:
-            yield from wait(flags, _EMPTIED, *previous)
+            yield from wait(flags, EMPTIED, *previous)
+        if gate is not None:
+            yield from gate.until(first + length)
         for owner in others:
             staging[node.rank][there[owner]] = here[owner]
-        yield from stages.leave(_FILLED, piece)
-        yield from stages.left_by_all(_FILLED, piece)
+        yield from stages.leave(FILLED, piece)
+        yield from stages.left_by_all(FILLED, piece)
         mine, shown = here[node.rank], staging[node.rank][there[node.rank]]
         sources = [mine if owner == node.rank else memory[there[node.rank]] for owner, memory in enumerate(staging)]
         if across is None:
@@ -132,11 +154,13 @@ def staged_allreduce(
             yield from _reduce_blocks(sources, [mine], reduction, is_final=False)
             yield from _finish_across(mine, reduction, number, piece, across)
             shown[:] = mine
-        yield from stages.leave(_REDUCED, piece)
-        yield from stages.left_by_all(_REDUCED, piece)
+        yield from stages.leave(REDUCED, piece)
+        yield from stages.left_by_all(REDUCED, piece)
         for owner in others:
             here[owner][:] = staging[owner][there[owner]]
-        yield from stages.leave(_EMPTIED, piece)
+        if gate is not None:
+            gate.give(first, first + length)
+        yield from stages.leave(EMPTIED, piece)
 
     num_pieces = -(-array.size // piece_count)
     previous = node.last_staged
@@ -198,7 +222,7 @@ def _reduce_blocks(
         yield True
 
 
-def _slice_bounds(count: int, node: Node, owner: int, itemsize: int, across: Across | None) -> tuple[int, int]:
+def slice_bounds(count: int, node: Node, owner: int, itemsize: int, across: Across | None) -> tuple[int, int]:
     """Return begin and end, in elements, of a rank's slice of `count` elements."""
     num_slices = node.size if across is None else across.num_slices
     if owner >= num_slices:

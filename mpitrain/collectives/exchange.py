@@ -7,7 +7,7 @@ memory in pieces, of which some are under way at the same time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -38,6 +38,20 @@ class Exchange(Protocol):
     num_columns: int
     width: int
 
+    @property
+    def data(self) -> Storage:
+        """What this rank brings is read from here."""
+
+    @property
+    def result(self) -> Storage | None:
+        """What it takes is written here; None if it takes nothing."""
+
+    def reads(self, last: int) -> int:
+        """How many elements of `data`, from the first on, columns up to `last` need."""
+
+    def writes(self, first: int, last: int) -> Iterable[tuple[int, int]]:
+        """First and last elements of `result` that are final once columns `first` to `last` are taken."""
+
     def bring(self, place: Storage, first: int, last: int) -> None:
         """Leave this rank's part of columns `first` to `last` in `place`, which has room for so many."""
 
@@ -57,15 +71,21 @@ class Broadcast:
         self.num_columns = data.size
         self._is_root = rank == root
         self._root = root
-        self._data = data
+        self.data = self.result = data
+
+    def reads(self, last: int) -> int:
+        return last
+
+    def writes(self, first: int, last: int) -> Iterable[tuple[int, int]]:
+        return [(first, last)]
 
     def bring(self, place: Storage, first: int, last: int) -> None:
         if self._is_root:
-            place[:] = self._data[first:last]
+            place[:] = self.data[first:last]
 
     def take(self, brought: Sequence[Storage], first: int, last: int) -> None:
         if not self._is_root:
-            self._data[first:last] = brought[self._root]
+            self.data[first:last] = brought[self._root]
 
     def take_shared(self, arrays: Sequence[Storage]) -> None:
         self.take(arrays, 0, self.num_columns)
@@ -79,18 +99,25 @@ class Allgather:
     def __init__(self, rank: int, data: Storage, result: Storage, layout: Layout) -> None:
         self.num_columns = max(layout.counts)
         self._rank = rank
-        self._data = data
-        self._result = result
+        self.data = data
+        self.result = result
         self._layout = layout
 
+    def reads(self, last: int) -> int:
+        return min(last, self.data.size)
+
+    def writes(self, first: int, last: int) -> Iterable[tuple[int, int]]:
+        parts = zip(self._layout.offsets, self._layout.counts, strict=True)
+        return [(offset + first, offset + min(last, count)) for offset, count in parts if first < count]
+
     def bring(self, place: Storage, first: int, last: int) -> None:
-        part = self._data[first:last]
+        part = self.data[first:last]
         place[: part.size] = part
 
     def take(self, brought: Sequence[Storage], first: int, last: int) -> None:
         for rank, (offset, count) in enumerate(zip(self._layout.offsets, self._layout.counts, strict=True)):
-            part = self._result[offset + first : offset + min(last, count)] if first < count else self._result[:0]
-            part[:] = self._data[first:last] if rank == self._rank else brought[rank][: part.size]
+            part = self.result[offset + first : offset + min(last, count)] if first < count else self.result[:0]
+            part[:] = self.data[first:last] if rank == self._rank else brought[rank][: part.size]
 
     def take_shared(self, arrays: Sequence[Storage]) -> None:
         self.take(arrays, 0, self.num_columns)
@@ -104,18 +131,24 @@ class Reduce:
     def __init__(self, rank: int, data: Storage, result: Storage | None, reduction: Reduction) -> None:
         self.num_columns = data.size
         self._rank = rank
-        self._data = data
-        self._result = result
+        self.data = data
+        self.result = result
         self._reduction = reduction
 
+    def reads(self, last: int) -> int:
+        return last
+
+    def writes(self, first: int, last: int) -> Iterable[tuple[int, int]]:
+        return [(first, last)]
+
     def bring(self, place: Storage, first: int, last: int) -> None:
-        if self._result is None:
-            place[:] = self._data[first:last]
+        if self.result is None:
+            place[:] = self.data[first:last]
 
     def take(self, brought: Sequence[Storage], first: int, last: int) -> None:
-        if self._result is not None:
-            own = self._data[first:last]
-            total = self._result[first:last]
+        if self.result is not None:
+            own = self.data[first:last]
+            total = self.result[first:last]
             self._reduction.combine([own if rank == self._rank else part for rank, part in enumerate(brought)], total)
             self._reduction.finish(total)
 
@@ -130,20 +163,27 @@ class ReduceScatter:
         self.num_columns = max(layout.counts)
         self.width = len(layout.counts)
         self._rank = rank
-        self._data = data
-        self._result = result
+        self.data = data
+        self.result = result
         self._layout = layout
         self._reduction = reduction
+
+    def reads(self, last: int) -> int:
+        # The last rank's part is read as soon as that of the first one.
+        return self.data.size - max(0, self._layout.counts[-1] - last)
+
+    def writes(self, first: int, last: int) -> Iterable[tuple[int, int]]:
+        return [(min(first, self.result.size), min(last, self.result.size))]
 
     def bring(self, place: Storage, first: int, last: int) -> None:
         span = last - first
         for owner in range(self.width):
             if owner != self._rank:
-                part = self._part(self._data, owner, first, last)
+                part = self._part(self.data, owner, first, last)
                 place[owner * span : owner * span + part.size] = part
 
     def take(self, brought: Sequence[Storage], first: int, last: int) -> None:
-        own = self._part(self._data, self._rank, first, last)
+        own = self._part(self.data, self._rank, first, last)
         begin = self._rank * (last - first)
         others = [place[begin : begin + own.size] for place in brought]
         self._combine([own if rank == self._rank else part for rank, part in enumerate(others)], first)
@@ -156,7 +196,7 @@ class ReduceScatter:
         return data[offset + min(first, count) : offset + min(last, count)]
 
     def _combine(self, parts: list[Storage], first: int) -> None:
-        total = self._result[first : first + parts[0].size]
+        total = self.result[first : first + parts[0].size]
         self._reduction.combine(parts, total)
         self._reduction.finish(total)
 
@@ -218,16 +258,28 @@ def plan_exchange(
     def staged(call: Call) -> Task[Any]:
         while not context.staging_order.may_start(call.staging_ticket):
             yield False
-        yield from _staged(context, exchange, storage, call.number + 1)
-        return result()
+        made = result()
+        if call.gates is not None and made is not None and call.gates.of(exchange.result) is None:
+            call.gates.add(made)
+        yield from _staged(context, exchange, storage, call)
+        return made
 
-    return Plan(f"{description} through staging memory", staged, uses_staging=True, uses_flags=True, nbytes=nbytes)
+    return Plan(
+        f"{description} through staging memory",
+        staged,
+        uses_staging=True,
+        uses_flags=True,
+        nbytes=nbytes,
+        is_gated=True,
+    )
 
 
-def _staged(context: Context, exchange: Exchange, storage: np.dtype[Any], number: int) -> Task[None]:
+def _staged(context: Context, exchange: Exchange, storage: np.dtype[Any], call: Call) -> Task[None]:
     """Return the task that passes all columns through staging memory, which no other operation uses meanwhile."""
-    node = context.node
+    node, number = context.node, call.number + 1
     assert node is not None
+    read_gate = None if call.gates is None else call.gates.of(exchange.data)
+    write_gate = None if call.gates is None else call.gates.of(exchange.result)
     flags = node.flags
     staging = node.staging(storage)
     slot_count = staging[0].size // NUM_STAGED
@@ -247,10 +299,15 @@ def _staged(context: Context, exchange: Exchange, storage: np.dtype[Any], number
             yield from stages.left_by_all(_TAKEN, piece - NUM_STAGED)
         else:
             yield from wait(flags, _TAKEN, *previous)
+        if read_gate is not None:
+            yield from read_gate.until(exchange.reads(last))
         exchange.bring(places[node.rank], first, last)
         yield from stages.leave(_FILLED, piece)
         yield from stages.left_by_all(_FILLED, piece)
         exchange.take(places, first, last)
+        if write_gate is not None:
+            for begin, end in exchange.writes(first, last):
+                write_gate.give(begin, end)
         yield from stages.leave(_TAKEN, piece)
 
     yield from pipeline((chain(piece) for piece in range(num_pieces)), NUM_STAGED)

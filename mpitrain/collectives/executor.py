@@ -7,6 +7,7 @@ wait.
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Generator, Sequence
 from typing import Any, TypeVar
@@ -14,12 +15,13 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from mpitrain.collectives.gate import Finish, Gates, Gating
 from mpitrain.collectives.program import Program
 from mpitrain.comm import Bytes, Request, Transport
 from mpitrain.memory import DType, ReduceOp, ScratchPool, reduce_into
 from mpitrain.observe import TRANSFER, OperationTrace
 
-__all__ = ["Task", "execute"]
+__all__ = ["Run", "Task", "execute"]
 
 Result = TypeVar("Result")
 Task = Generator[bool, None, Result]
@@ -38,6 +40,8 @@ def execute(
     scratch: ScratchPool,
     receive_window: int = 4,
     trace: OperationTrace | None = None,
+    gates: Gates | None = None,
+    finish: Finish | None = None,
 ) -> Task[None]:
     """Return the task that runs `program`.
 
@@ -51,16 +55,25 @@ def execute(
         scratch: Memory for segments that wait to be reduced is taken from here and given back.
         receive_window: How many such segments may be in flight; more where the program needs it.
         trace: Told what is done, if given.
+        gates: Of those arrays that have not arrived yet, or leave before the end.
+        finish: Done to every part of the first array, once no transfer touches it any more.
     """
+    run = Run if trace is None else functools.partial(_ObservedRun, trace)
+    the_run = run(transport, program, arrays, dtype, tag=tag, op=op)
+    if gates is not None:
+        for number, array in enumerate(arrays):
+            if (gate := gates.of(array)) is not None:
+                last_touch = None if number else finish
+                the_run.gatings.append(Gating(gate, program, the_run.waits, number, last_touch))
     if program.transfers:
-        if trace is None:
-            run = _Run(transport, program, arrays, dtype, tag=tag, op=op)
-        else:
-            run = _ObservedRun(trace, transport, program, arrays, dtype, tag=tag, op=op)
-        yield from run.task(scratch, receive_window)
+        yield from the_run.task(scratch, receive_window)
+    for gating in the_run.gatings:
+        yield from gating.end()
+    if finish is not None and (gates is None or gates.of(arrays[0]) is None):
+        finish(arrays[0])
 
 
-class _Run:
+class Run:
     """The state of one execution."""
 
     def __init__(
@@ -91,6 +104,7 @@ class _Run:
         self.landing: dict[int, NDArray[Any]] = {}
         # Received, but the old contents are still being sent to somebody.
         self.arrived: list[int] = []
+        self.gatings: list[Gating] = []
 
     def task(self, scratch: ScratchPool, receive_window: int) -> Task[None]:
         """Move transfers until none remains."""
@@ -150,9 +164,10 @@ class _Run:
         return moved
 
     def _complete(self) -> bool:
+        admitted = self._admit() if self.gatings else False
         done = self.transport.test_some(self.requests) if self.requests else ()
         if not done:
-            return False
+            return admitted
         for position in sorted(done, reverse=True):
             index = self.owners[position]
             # Order in these lists means nothing: fill the gap with the last entry.
@@ -170,20 +185,35 @@ class _Run:
 
     def _reduce(self, index: int) -> None:
         transfer = self.transfers[index]
-        slot = self.landing.pop(index)
         local = self.arrays[transfer.array][transfer.offset : transfer.offset + transfer.count]
-        reduce_into(local, slot[: transfer.count], self.op, self.dtype)
-        self.slots.append(slot)
+        reduce_into(local, self.landing[index][: transfer.count], self.op, self.dtype)
+        self._reduced(index)
+
+    def _reduced(self, index: int) -> None:
+        """What a transfer has brought is reduced."""
+        self.slots.append(self.landing.pop(index))
         self._finish(index)
+
+    def _admit(self) -> bool:
+        """Let go on what has waited for its memory to arrive."""
+        admitted = [index for gating in self.gatings for index in gating.admit()]
+        for index in admitted:
+            self._release(index)
+        return bool(admitted)
 
     def _finish(self, index: int) -> None:
         self.remaining -= 1
-        waits = self.waits
+        for gating in self.gatings:
+            gating.done(index)
         for later in self.transfers[index].releases:
-            waits[later] -= 1
-            if not waits[later] and later in self.arrived:
-                self.arrived.remove(later)
-                self._reduce(later)
+            self._release(later)
+
+    def _release(self, index: int) -> None:
+        """A transfer waits for one thing less."""
+        self.waits[index] -= 1
+        if not self.waits[index] and index in self.arrived:
+            self.arrived.remove(index)
+            self._reduce(index)
 
     def _track(self, request: Request, index: int) -> None:
         self.requests.append(request)
@@ -196,7 +226,7 @@ class _Run:
         return self.arrays[transfer.array][transfer.offset : transfer.offset + transfer.count].view("u1")
 
 
-class _ObservedRun(_Run):
+class _ObservedRun(Run):
     """One that says what it does."""
 
     def __init__(self, trace: OperationTrace, *arguments: Any, **options: Any) -> None:

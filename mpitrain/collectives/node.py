@@ -97,11 +97,11 @@ class FlagUsers:
         with self._lock:
             self._numbers.discard(number)
 
-    def turn(self, number: int) -> Task[None]:
-        """Wait until the call that had the slot before has ended."""
+    def turn(self, number: int, num_slots: int = _NUM_SLOTS) -> Task[None]:
+        """Wait until the call that had the slot before has ended; for slots of another kind, if there are fewer."""
         while True:
             with self._lock:
-                if min(self._numbers) > number - _NUM_SLOTS:
+                if min(self._numbers) > number - num_slots:
                     return
             yield False
 
@@ -140,6 +140,10 @@ class Node:
             UnavailableError: There is not enough memory to share; on every rank of the node.
         """
         return _allocate(self._transport, nbytes)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Collect a value of each rank of the node on every one of them, by rank; every one must call."""
+        return self._transport.gather_everywhere(value)
 
     def free(self) -> None:
         """Give back the memory. Every rank of the node must call."""

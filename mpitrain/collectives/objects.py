@@ -6,6 +6,7 @@ peer chooses. Nothing that comes from elsewhere is unpickled: `training.checkpoi
 
 from __future__ import annotations
 
+import abc
 import pickle
 from itertools import accumulate
 from typing import Any
@@ -17,7 +18,37 @@ from mpitrain.collectives.context import Context
 from mpitrain.collectives.plan import Plan, empty_plan
 from mpitrain.collectives.verbs import Collectives
 
-__all__ = ["exchange_pickled", "plan_root", "try_pickle"]
+__all__ = ["ObjectCollectives", "try_pickle"]
+
+
+class ObjectCollectives(Collectives):
+    """Collectives of picklable values."""
+
+    @property
+    @abc.abstractmethod
+    def rank(self) -> int:
+        """This rank."""
+
+    def allgather_obj(self, value: Any) -> list[Any]:
+        """Collect one picklable value of each rank; every rank returns all, in rank order.
+
+        Ranks of one job trust each other: unpickling runs code that a peer chooses.
+
+        Raises:
+            ValueError: A rank's value cannot be pickled; on every rank.
+        """
+        values = _exchange_pickled(self, self.rank, value)
+        return [pickle.loads(data) for data in values]
+
+    def broadcast_obj(self, value: Any = None, *, root: int = 0) -> Any:
+        """Copy the root's picklable `value`, which is ignored elsewhere; every rank returns it, the root its own.
+
+        Raises:
+            ValueError: The root's value cannot be pickled, on every rank; or the root is out of range.
+        """
+        self._run(_plan_root, "broadcast_obj", root)
+        values = _exchange_pickled(self, self.rank, value if self.rank == root else None)
+        return value if self.rank == root else pickle.loads(values[root])
 
 
 def try_pickle(value: Any) -> tuple[bytes, str]:
@@ -38,7 +69,7 @@ def try_pickle(value: Any) -> tuple[bytes, str]:
             return b"", f"{type(value).__qualname__} cannot be pickled ({problem})"
 
 
-def exchange_pickled(comm: Collectives, rank: int, value: Any) -> list[bytes]:
+def _exchange_pickled(comm: Collectives, rank: int, value: Any) -> list[bytes]:
     """Return the pickled values of all ranks, in rank order.
 
     Raises:
@@ -61,7 +92,7 @@ def _allgather_bytes(comm: Collectives, data: bytes, lengths: NDArray[np.int64])
     return [everything[end - length : end].tobytes() for end, length in zip(ends, rows, strict=True)]
 
 
-def plan_root(context: Context, subject: str, root: int) -> Plan[None]:
+def _plan_root(context: Context, subject: str, root: int) -> Plan[None]:
     """Prepare nothing but the check of a root, which is the same on all ranks."""
     context.check_root(subject, root)
     return empty_plan(f"{subject} from root {root}")

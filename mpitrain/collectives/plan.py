@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from mpitrain.collectives.executor import Task
+from mpitrain.collectives.gate import Gates
 from mpitrain.collectives.small import SmallAllreduce
 from mpitrain.observe import OperationTrace
 
-__all__ = ["Call", "Plan", "empty_plan"]
+__all__ = ["STRAIGHT", "Call", "Plan", "empty_plan", "is_empty"]
+
+STRAIGHT = "straight to MPI"
+"""What the description of a plan says whose device memory MPI sees."""
 
 Result = TypeVar("Result")
 
@@ -25,6 +29,7 @@ class Call(NamedTuple):
         ticket: Place among the calls that use the MPI library's own collectives; -1 if this one does not.
         staging_ticket: Place among the calls that use the node's staging memory; -1 if this one does not.
         trace: Records the run; None if nobody wants to know.
+        gates: Of arrays that are still being copied to the host, or from it; None if all lie there.
     """
 
     tag: int
@@ -33,6 +38,7 @@ class Call(NamedTuple):
     ticket: int = -1
     staging_ticket: int = -1
     trace: OperationTrace | None = None
+    gates: Gates | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,6 +55,12 @@ class Plan(Generic[Result]):
         bring: Writes what this rank brings to the meeting of the node's ranks; the task begins when all have come. For
             blocking calls where there is a meeting.
         small: What does the work of an all-reduce at the meeting.
+        is_gated: Whether the task heeds the call's gates; else what it works on must have arrived.
+        enter: Called in the caller's thread when a run is called for; notes what the caller's stream has queued.
+        leave: Called in the caller's thread when it has waited for a run: what its stream queues then comes after it.
+        prepare: Makes the task of what has to be waited for before this rank says what it brings.
+        fallback: Makes the plan that is run instead if another rank's array lies where this plan cannot be run.
+        place: Where it is done, for people, if that is not the host's memory; ranks may differ in it.
     """
 
     description: str
@@ -59,11 +71,22 @@ class Plan(Generic[Result]):
     nbytes: int = 0
     bring: Callable[[], None] | None = None
     small: SmallAllreduce | None = None
+    is_gated: bool = False
+    enter: Callable[[], None] | None = None
+    leave: Callable[[], None] | None = None
+    prepare: Callable[[], Task[None]] | None = None
+    fallback: Callable[[], Plan[Result]] | None = None
+    place: str = ""
 
 
 def empty_plan(description: str) -> Plan[None]:
     """Return a plan that does nothing: its description is compared, and its call has a place in the order."""
     return Plan(description, _nothing)
+
+
+def is_empty(plan: Plan[Any]) -> bool:
+    """Whether a plan does nothing."""
+    return plan.task is _nothing
 
 
 def _nothing(_call: Call) -> Task[None]:

@@ -44,11 +44,18 @@ def drive(task: Task[Result], *, spin: bool) -> Result:
 
 
 class Handle(Generic[Result]):
-    """An operation in flight."""
+    """An operation in flight.
 
-    def __init__(self, engine: ProgressEngine, description: str) -> None:
+    Args:
+        engine: Advances it.
+        description: For messages.
+        leave: Called by who has waited for it, each time.
+    """
+
+    def __init__(self, engine: ProgressEngine, description: str, leave: Callable[[], None] | None = None) -> None:
         self.description = description
         self._engine = engine
+        self._leave = leave
         self._done = False
         self._result: Result | None = None
         self._error: BaseException | None = None
@@ -72,6 +79,8 @@ class Handle(Generic[Result]):
             self._engine.wait(self, timeout_s)
         if self._error is not None:
             raise self._error
+        if self._leave is not None:
+            self._leave()
         return self._result  # type: ignore[return-value]
 
     def resolve(self, result: Result) -> None:
@@ -139,9 +148,11 @@ class ProgressEngine:
             spin_background=topology.cores_per_rank >= 2 if by_itself else settings.wait == "spin",
         )
 
-    def start(self, task: Task[Result], description: str = "") -> Handle[Result]:
-        """Start a task: its first step runs here and now, the others as messages arrive."""
-        handle: Handle[Result] = Handle(self, description)
+    def start(
+        self, task: Task[Result], description: str = "", leave: Callable[[], None] | None = None
+    ) -> Handle[Result]:
+        """Start a task: its first step runs here and now, the others as messages arrive. `leave` is the handle's."""
+        handle: Handle[Result] = Handle(self, description, leave)
         running = _Running(handle, task)
         with self._as_caller():
             # In the caller's thread, so that the first messages leave at once.

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mpitrain.collectives.agreement import digest_of, explain
+from mpitrain.collectives.agreement import FALL_BACK, digest_of, explain
 from mpitrain.collectives.context import Context
 from mpitrain.collectives.executor import Task
 from mpitrain.collectives.peers import text_of
@@ -85,13 +85,16 @@ class QuickAllreduce:
         index = self._caller.take_number(data.nbytes)
         try:
             if small.is_whole:
-                if not meeting.come(self._digest, small.own, data, self._polls):
-                    self._wait(index)
+                while not meeting.come(self._digest, small.own, data, self._polls):
+                    if self._wait(index):
+                        break
                 small.take_whole(result)
             else:
-                small.bring(data)
-                meeting.arrive(self._digest)
-                self._wait(index)
+                while True:
+                    small.bring(data)
+                    meeting.arrive(self._digest)
+                    if self._wait(index):
+                        break
                 self._caller.drive(small.take(data, result), self._description, index)
         except CollectiveMismatchError:
             raise  # all ranks know
@@ -101,12 +104,20 @@ class QuickAllreduce:
         if recorder is not None:
             recorder.add("allreduce", began_ns, time.monotonic_ns(), self._description)
 
-    def _wait(self, index: int) -> None:
+    def _wait(self, index: int) -> bool:
+        """Wait until all have come; whether they mean the same, and not only other memory.
+
+        Raises:
+            CollectiveMismatchError: They do not.
+        """
         self._caller.drive(_until(self._meeting.is_complete), self._description, index)
-        if not self._meeting.agrees():
-            call = self._caller.call_of(index)
-            message = self._caller.drive(explain(self._context, self._description, call), self._description, index)
+        if self._meeting.agrees():
+            return True
+        call = self._caller.call_of(index)
+        message = self._caller.drive(explain(self._context, self._description, call), self._description, index)
+        if message != FALL_BACK:
             raise CollectiveMismatchError(message)
+        return False
 
 
 class QuickCalls:

@@ -10,17 +10,21 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from mpitrain.comm import Transport
 
-__all__ = ["Reclaimer"]
+__all__ = ["Free", "Reclaimer"]
+
+
+Free: TypeAlias = Callable[[], Callable[[], None] | None]
+"""Frees something; may return what is to be done once all ranks have freed it."""
 
 
 class _Registry(NamedTuple):
     """What is to be freed, by number, and the numbers of what is dead on this rank."""
 
-    free: dict[int, Callable[[], None]]
+    free: dict[int, Free]
     dead: set[int]
 
 
@@ -42,7 +46,7 @@ class Reclaimer:
         """Return how much is not freed yet."""
         return sum(len(registry.free) for registry in self._registries)
 
-    def register(self, owner: object, free: Callable[[], None]) -> None:
+    def register(self, owner: object, free: Free) -> None:
         """Have `free` called once `owner` is dead on all ranks; every rank must register, in the same order.
 
         `free` must not refer to the owner, and may be called after an explicit call of its own.
@@ -75,8 +79,14 @@ class Reclaimer:
         if not registries:
             return
         everybodys = self._transport.gather_everywhere([frozenset(registry.dead) for registry in registries])
+        freed = []
         for index, registry in enumerate(registries):
             for number in sorted(frozenset.intersection(*(dead[index] for dead in everybodys))):
                 registry.dead.discard(number)
-                registry.free.pop(number)()
+                freed.append(registry.free.pop(number)())
+        if freed:
+            self._transport.gather_everywhere(None)
+        for finish in freed:
+            if finish is not None:
+                finish()
         self._registries = [self._own, *(each for each in self._registries if each is not self._own and each.free)]

@@ -45,11 +45,17 @@ class Machine:
     @classmethod
     def here(cls, transport: Transport) -> Machine:
         """Return the machine that this rank runs on."""
-        mpi, version = _IN_PROCESS
-        if transport.native is not None:
-            from mpitrain.comm.mpi_library import library_name_and_version
+        return cls._with(*_IN_PROCESS) if transport.native is None else cls.of_mpi()
 
-            mpi, version = library_name_and_version()
+    @classmethod
+    def of_mpi(cls) -> Machine:
+        """Return the machine that this process runs on, with the MPI library that it has started."""
+        from mpitrain.comm.mpi_library import library_name_and_version
+
+        return cls._with(*library_name_and_version())
+
+    @classmethod
+    def _with(cls, mpi: str, version: str) -> Machine:
         return cls(_cpu_model(), os.cpu_count() or 1, mpi, version)
 
     def __str__(self) -> str:
@@ -60,6 +66,10 @@ class Machine:
     def fingerprint(self) -> str:
         """The machine and, after a dash, the versions, each as a few hexadecimal digits."""
         return f"{self.family}-{_digest(self.mpi_version, FORMAT_VERSION)}"
+
+    def fingerprint_with(self, *parts: object) -> str:
+        """Return a fingerprint of the machine and something more."""
+        return _digest(self.cpu, self.num_cores, self.mpi, self.mpi_version, *parts)
 
     @property
     def family(self) -> str:

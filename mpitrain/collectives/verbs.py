@@ -22,7 +22,8 @@ Result = TypeVar("Result")
 class Collectives(abc.ABC):
     """Every collective in its forms; the class that inherits them says how a plan is run.
 
-    What holds for all of them. `array` is a NumPy array or a torch CPU tensor, contiguous. `op` is "sum", "average",
+    What holds for all of them. `array` is a NumPy or CuPy array or a torch tensor, on the host or
+    on this rank's device, contiguous; ranks may differ in that. `op` is "sum", "average",
     "min", "max" or "product", and for all-reduces also "adasum". `algorithm` is a name of the registry of schedules,
     "native" for the MPI library's own collective, or "auto". `root`, `op`, `algorithm`, dtype and (unless said
     otherwise) shape must be the same on every rank. Results are new arrays of the same library and dtype, except for

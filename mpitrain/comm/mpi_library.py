@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-from pathlib import Path
 
 from mpitrain.comm.start import MPI
 
@@ -16,9 +14,6 @@ _THREAD_LEVELS = {
     MPI.THREAD_SERIALIZED: "serialized",
     MPI.THREAD_MULTIPLE: "multiple",
 }
-# Since MPI 4.1 a library may tell whose memory it takes.
-_MEMORY_KINDS = "mpi_memory_alloc_kinds"
-_MAPPED = "/proc/self/maps"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +25,6 @@ class LibraryFacts:
         standard: Version of MPI, such as "3.1".
         thread_level: "single" to "multiple"; the last is what mpitrain needs.
         has_ulfm: It has the calls by which ranks go on without one that has failed.
-        is_cuda_aware: It takes buffers in device memory; None if it does not say.
-        cuda_source: How that was found out.
         can_share: It gives memory that the ranks of a node share.
     """
 
@@ -39,21 +32,16 @@ class LibraryFacts:
     standard: str
     thread_level: str
     has_ulfm: bool
-    is_cuda_aware: bool | None
-    cuda_source: str
     can_share: bool
 
 
 def library_facts() -> LibraryFacts:
     """Ask the library; this rank asks for itself, and no other has to."""
-    is_cuda_aware, cuda_source = _cuda_awareness()
     return LibraryFacts(
         title=" ".join(library_name_and_version()),
         standard=".".join(map(str, MPI.Get_version())),
         thread_level=_THREAD_LEVELS[MPI.Query_thread()],
         has_ulfm=_has_ulfm(),
-        is_cuda_aware=is_cuda_aware,
-        cuda_source=cuda_source,
         can_share=_can_share(),
     )
 
@@ -79,33 +67,6 @@ def _has_ulfm() -> bool:
     finally:
         comm.Free()
     return True
-
-
-def _cuda_awareness() -> tuple[bool | None, str]:
-    info = MPI.COMM_WORLD.Get_info()
-    kinds = info.Get(_MEMORY_KINDS)
-    info.Free()
-    if kinds:
-        return "cuda" in kinds, f"its {_MEMORY_KINDS} are {kinds}"
-    query = _find_function("MPIX_Query_cuda_support")
-    if query is not None:
-        return bool(query()), "MPIX_Query_cuda_support says so"
-    return None, "it has neither memory kinds nor MPIX_Query_cuda_support"
-
-
-def _find_function(name: str) -> ctypes._NamedFuncPointer | None:
-    """Return a function of the library, which is among the files that this process has mapped."""
-    try:
-        lines = Path(_MAPPED).read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError:  # not Linux
-        return None
-    paths = dict.fromkeys(words[5] for line in lines if len(words := line.split(None, 5)) == 6)
-    for path in paths:
-        if Path(path).name.startswith(("libmpi.so", "libmpich.so", "libmpi_")):
-            function: ctypes._NamedFuncPointer | None = getattr(ctypes.CDLL(path), name, None)
-            if function is not None:
-                return function
-    return None
 
 
 def _can_share() -> bool:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from mpitrain.config import copy_environment
+from mpitrain.config import Settings, copy_environment
 from mpitrain.doctor.findings import Finding
+from mpitrain.errors import UnavailableError
+from mpitrain.memory.device import device_of
 
 __all__ = ["check_mpi", "why_mpi_does_not_start"]
 
@@ -52,12 +54,30 @@ def check_mpi() -> list[Finding]:
         ),
         _ulfm(facts.title, has_ulfm=facts.has_ulfm),
     ]
-    aware, source = facts.is_cuda_aware, facts.cuda_source
-    gpu_of_cray = copy_environment().get("MPICH_GPU_SUPPORT_ENABLED")
-    if gpu_of_cray is not None:
-        source += f"; MPICH_GPU_SUPPORT_ENABLED={gpu_of_cray} in the environment"
-    says = {True: "yes", False: "no, device arrays would go through the host", None: "unknown"}[aware]
-    return [*findings, Finding("CUDA-aware MPI", "ok", f"{says}: {source}; not tried")]
+    return [*findings, _cuda_awareness()]
+
+
+def _cuda_awareness() -> Finding:
+    """Find out as training does, if there is a device; else tell what MPI says."""
+    from mpitrain.collectives.awareness import find_awareness
+    from mpitrain.collectives.table_file import Machine
+    from mpitrain.comm.cuda_aware import what_mpi_says
+
+    name = "CUDA-aware MPI"
+    try:
+        device = device_of(0)
+    except UnavailableError:
+        claim, source = what_mpi_says()
+        says = {True: "yes", False: "no", None: "unknown"}[claim]
+        return Finding(name, "ok", f"{says}: {source}; not tried, as there is no device")
+    try:
+        settings = Settings.from_environ()
+    except ValueError:  # told when ranks are compared
+        settings = Settings()
+    found = find_awareness(Machine.of_mpi(), settings, device)
+    if found.is_aware:
+        return Finding(name, "ok", f"yes, device arrays go straight to MPI: {found.source}")
+    return Finding(name, "ok", f"no, device arrays are staged through pinned memory: {found.source}")
 
 
 def _ulfm(title: str, *, has_ulfm: bool) -> Finding:

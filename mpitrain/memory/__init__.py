@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from mpitrain.memory.adasum import add_weighted, inner_products
-from mpitrain.memory.arrays import FlatArray, allocate_like, copy_of, flat_view
+from mpitrain.memory.arrays import FlatArray, allocate_like, copy_of, flat_view, is_on_device
 from mpitrain.memory.blocks import quiet_context
+from mpitrain.memory.device.shared import SharedDeviceArray
 from mpitrain.memory.dtypes import DTYPES, DType, as_dtype, dtype_named, dtype_of_numpy, dtype_of_torch
 from mpitrain.memory.reduction import (
     ReduceOp,
@@ -17,16 +18,25 @@ from mpitrain.memory.reduction import (
     scale,
 )
 from mpitrain.memory.scratch import ScratchPool
-from mpitrain.memory.shared import SharedArray, SharedBlock, allocate_mapped, free_shared_nbytes, total_shared_nbytes
+from mpitrain.memory.shared import (
+    NodeArray,
+    SharedArray,
+    SharedBlock,
+    allocate_mapped,
+    free_shared_nbytes,
+    total_shared_nbytes,
+)
 
 __all__ = [
     "DTYPES",
     "DType",
     "FlatArray",
+    "NodeArray",
     "ReduceOp",
     "ScratchPool",
     "SharedArray",
     "SharedBlock",
+    "SharedDeviceArray",
     "add_weighted",
     "allocate_like",
     "allocate_mapped",
@@ -41,6 +51,7 @@ __all__ = [
     "flat_view",
     "free_shared_nbytes",
     "inner_products",
+    "is_on_device",
     "parse_op",
     "plain_ufunc",
     "quiet_context",

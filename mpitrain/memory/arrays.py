@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from mpitrain.memory import device as device_arrays
 from mpitrain.memory.dtypes import DType, dtype_of_numpy, dtype_of_torch
 from mpitrain.memory.loaded import TorchModule, loaded_torch
-from mpitrain.memory.shared import SharedArray
+from mpitrain.memory.shared import NodeArray
 
-__all__ = ["FlatArray", "allocate_like", "copy_of", "flat_view"]
+__all__ = ["FlatArray", "allocate_like", "copy_of", "flat_view", "is_on_device"]
 
 Tensor: TypeAlias = Any
 CallersArray: TypeAlias = Any
@@ -58,6 +58,11 @@ class FlatArray:
         """Whether `data` is a NumPy array."""
         return self.device == "cpu"
 
+    @property
+    def is_expendable(self) -> bool:
+        """Whether nobody minds if it is overwritten, as it is but the image of a caller's array."""
+        return isinstance(self.owner, device_arrays.PinnedArray)
+
     def bytes(self) -> NDArray[np.uint8]:
         """Return the same memory as a 1-D array of bytes."""
         return self.data.view(np.uint8)
@@ -68,7 +73,7 @@ def flat_view(array: object, *, name: str = "array", writable: bool = False) -> 
 
     Args:
         array: `numpy.ndarray`, NumPy scalar (read only), torch tensor (also one that requires grad: the view is
-            outside autograd), CuPy array, `FlatArray` (returned as it is), `SharedArray`, or an object with
+            outside autograd), CuPy array, `FlatArray` (returned as it is), a `NodeArray`, or an object with
             `__array_interface__` or `__cuda_array_interface__`. Row-major contiguous; any shape, including `()`
             and empty.
         name: What messages call it.
@@ -83,14 +88,28 @@ def flat_view(array: object, *, name: str = "array", writable: bool = False) -> 
         return _view_numpy(array, array, name, writable)
     if isinstance(array, FlatArray):
         return array
-    if isinstance(array, SharedArray):
-        return FlatArray(array.flat, array.dtype, array.shape, "cpu", array)
+    if isinstance(array, NodeArray):
+        return FlatArray(array.flat, array.dtype, array.shape, array.place, array)
     torch = loaded_torch()
     if torch is not None and isinstance(array, torch.Tensor):
         return _view_torch(array, torch, name, writable)
     if device_arrays.is_device_array(array):
         return _view_device(array, array, None, name, writable)
     return _view_numpy(_as_numpy(array, name), array, name, writable)
+
+
+def is_on_device(array: object) -> bool:
+    """Tell whether an array of any library lies in device memory; what is no array does not."""
+    if type(array) is np.ndarray or array is None:
+        return False
+    if isinstance(array, FlatArray):
+        return not array.is_host
+    if isinstance(array, NodeArray):
+        return array.place != "cpu"
+    torch = loaded_torch()
+    if torch is not None and isinstance(array, torch.Tensor):
+        return bool(cast("Any", array).is_cuda)
+    return device_arrays.is_device_array(array)
 
 
 def allocate_like(array: object, shape: int | Sequence[int]) -> CallersArray:
@@ -105,8 +124,8 @@ def allocate_like(array: object, shape: int | Sequence[int]) -> CallersArray:
     """
     array = array.owner if isinstance(array, FlatArray) else array
     new_shape = (shape,) if isinstance(shape, int) else tuple(shape)
-    if isinstance(array, SharedArray):
-        return SharedArray.private(array.dtype, new_shape)
+    if isinstance(array, NodeArray):
+        return array.new(new_shape)
     torch = loaded_torch()
     if torch is not None and isinstance(array, torch.Tensor):
         return _plain(array, "array").new_empty(new_shape)
@@ -129,8 +148,8 @@ def copy_of(array: object) -> CallersArray:
         TypeError: The kind of array, or its dtype, is not supported.
     """
     array = array.owner if isinstance(array, FlatArray) else array
-    if isinstance(array, SharedArray):
-        copy = SharedArray.private(array.dtype, array.shape)
+    if isinstance(array, NodeArray):
+        copy = array.new(array.shape)
         copy.flat[:] = array.flat
         return copy
     torch = loaded_torch()

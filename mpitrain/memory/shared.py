@@ -7,20 +7,24 @@ of MPI are freed by all ranks together, and those that are left over may keep MP
 
 from __future__ import annotations
 
+import abc
 import math
 import mmap
 import os
 import pathlib
 import tempfile
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpitrain.memory.dtypes import DType
 
-__all__ = ["SharedArray", "SharedBlock", "allocate_mapped", "free_shared_nbytes", "total_shared_nbytes"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["NodeArray", "SharedArray", "SharedBlock", "allocate_mapped", "free_shared_nbytes", "total_shared_nbytes"]
 
 # Blocks begin on pages of their own, so that each can lie in memory close to its owner.
 _PAGE_NBYTES = 4096
@@ -45,7 +49,7 @@ class SharedBlock:
         return [view[offset_nbytes:end].view(storage) for view in self.views]
 
 
-class SharedArray:
+class NodeArray(abc.ABC):
     """An array of this rank that all ranks of the node can read and write; made by `Communicator.allocate`.
 
     Args:
@@ -57,23 +61,13 @@ class SharedArray:
     """
 
     def __init__(
-        self,
-        dtype: DType,
-        shape: tuple[int, ...],
-        everybodys: list[NDArray[Any]],
-        index: int,
-        block: SharedBlock | None,
+        self, dtype: DType, shape: tuple[int, ...], everybodys: list[NDArray[Any]], index: int, block: Any | None
     ) -> None:
         self.dtype = dtype
         self.shape = shape
         self.everybodys = everybodys
         self._index = index
         self.block = block
-
-    @classmethod
-    def private(cls, dtype: DType, shape: tuple[int, ...]) -> SharedArray:
-        """Make an array that only this rank has."""
-        return cls(dtype, shape, [np.zeros(math.prod(shape), dtype.storage)], 0, None)
 
     @property
     def is_shared(self) -> bool:
@@ -85,7 +79,7 @@ class SharedArray:
         """This rank's elements, one-dimensional, in storage dtype."""
         return self.everybodys[self._index]
 
-    def part(self, dtype: DType, offset_nbytes: int, count: int) -> SharedArray:
+    def part(self, dtype: DType, offset_nbytes: int, count: int) -> Self:
         """Return `count` elements from some byte on as an array of their own over the same memory, on all ranks alike.
 
         Args:
@@ -95,7 +89,46 @@ class SharedArray:
         """
         end = offset_nbytes + count * dtype.itemsize
         parts = [flat.view(np.uint8)[offset_nbytes:end].view(dtype.storage) for flat in self.everybodys]
-        return SharedArray(dtype, (count,), parts, self._index, self.block)
+        return type(self)(dtype, (count,), parts, self._index, self.block)
+
+    @property
+    @abc.abstractmethod
+    def place(self) -> str:
+        """Where the elements lie: "cpu" or "cuda:<number>"."""
+
+    @abc.abstractmethod
+    def new(self, shape: tuple[int, ...]) -> Self:
+        """Return an array of the same dtype and in the same kind of memory that only this rank has."""
+
+    @abc.abstractmethod
+    def tensor(self) -> Any:
+        """Return this rank's array as a torch tensor over the same memory."""
+
+    def _shaped(self, flat: NDArray[Any]) -> NDArray[Any]:
+        """Return the elements in the array's shape.
+
+        Raises:
+            TypeError: Arrays have no such dtype (bfloat16).
+        """
+        if flat.dtype.name != self.dtype.name:
+            raise TypeError(f"array: NumPy has no dtype {self.dtype}; use tensor()")
+        return flat.reshape(self.shape)
+
+
+class SharedArray(NodeArray):
+    """A `NodeArray` in the memory of the host."""
+
+    @classmethod
+    def private(cls, dtype: DType, shape: tuple[int, ...]) -> SharedArray:
+        """Make an array that only this rank has."""
+        return cls(dtype, shape, [np.zeros(math.prod(shape), dtype.storage)], 0, None)
+
+    @property
+    def place(self) -> str:
+        return "cpu"
+
+    def new(self, shape: tuple[int, ...]) -> SharedArray:
+        return self.private(self.dtype, shape)
 
     def numpy(self) -> NDArray[Any]:
         """Return this rank's array.
@@ -103,12 +136,9 @@ class SharedArray:
         Raises:
             TypeError: NumPy has no such dtype (bfloat16).
         """
-        if self.flat.dtype.name != self.dtype.name:
-            raise TypeError(f"array: NumPy has no dtype {self.dtype}; use tensor()")
-        return self.flat.reshape(self.shape)
+        return self._shaped(self.flat)
 
     def tensor(self) -> Any:
-        """Return this rank's array as a torch tensor over the same memory."""
         import torch
 
         flat = torch.from_numpy(self.flat)

@@ -93,7 +93,7 @@ def _row_nbytes(array: Any) -> int:
 
 
 def _with_rows(array: Any) -> Any:
-    return array if array.shape else array.reshape(1)
+    return array if array.shape else dataclasses.replace(flat_view(array), shape=(1,))
 
 
 def run_reduce_scatter(comm: Communicator, announcement: Announcement, arrays: Sequence[Any]) -> Task[list[Any]]:

@@ -8,6 +8,7 @@ for as long as an operation of this rank is undecided. A rank with none sends an
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import pickle
 import threading
@@ -17,10 +18,11 @@ from typing import Any
 
 from mpitrain.collectives import Communicator, Handle, Task
 from mpitrain.errors import CommError
-from mpitrain.memory import DTYPES, copy_of, flat_view
+from mpitrain.memory import DTYPES, flat_view
 from mpitrain.negotiation.announcement import Announcement, Decision, Tensor
 from mpitrain.negotiation.coordinator import Coordinator
-from mpitrain.negotiation.execution import Entry, Results, run_decision
+from mpitrain.negotiation.device_arrays import start_staged
+from mpitrain.negotiation.execution import Entry, Results, contiguous, run_decision
 from mpitrain.negotiation.failures import as_collective_error, error_of, error_of_closing
 from mpitrain.negotiation.joining import JOIN, STEP, Steps, neutral_announcement, neutral_arrays
 from mpitrain.negotiation.refusals import Refusals
@@ -111,13 +113,16 @@ class Negotiator:
             ValueError, TypeError: An array that cannot be communicated.
         """
         if not in_place:
-            arrays = [_contiguous(array) for array in arrays]
+            arrays = [contiguous(array) for array in arrays]
         views = [flat_view(array, name=name, writable=in_place) for array in arrays]
         tensors = tuple(Tensor(view.dtype.name, tuple(view.shape)) for view in views)
         if collective == "allgather":
             tensors = tuple(Tensor(tensor.dtype, tensor.shape or (1,)) for tensor in tensors)
         announcement = Announcement(name, collective, tensors, op, root, prescale, postscale, tuple(splits))
-        return self._enter(announcement, list(arrays), in_place=in_place)
+        enter = functools.partial(self._enter, announcement, in_place=in_place)
+        if all(view.is_host for view in views):
+            return enter(list(arrays))
+        return start_staged(self.comm, f"{collective} {name}", views, enter, in_place=in_place)
 
     def refuse(self, name: str, collective: str, problem: str) -> None:
         """Say that this rank cannot take part in an operation that others may start; they get an error.
@@ -392,8 +397,3 @@ class Negotiator:
         for entry in entries:
             self._fail([entry], error_of_closing(entry.announcement.name, closing))
         return is_first
-
-
-def _contiguous(array: Any) -> Any:
-    is_contiguous = array.is_contiguous() if hasattr(array, "is_contiguous") else array.flags.c_contiguous
-    return array if is_contiguous else copy_of(array)

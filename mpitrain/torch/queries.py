@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mpitrain.memory.device import is_installed
 from mpitrain.torch.world import communicator
 
 __all__ = [
@@ -54,8 +55,8 @@ def nccl_built() -> int:
 
 
 def cuda_built() -> bool:
-    """Whether operations run on CUDA devices: they do not."""
-    return False
+    """Whether tensors may lie on CUDA devices: where CuPy is installed."""
+    return is_installed()
 
 
 def rocm_built() -> bool:

@@ -27,10 +27,11 @@ import torch
 
 from mpitrain.collectives import Communicator
 from mpitrain.errors import CollectiveMismatchError
-from mpitrain.memory import SharedArray, as_dtype
+from mpitrain.memory import NodeArray, SharedDeviceArray, as_dtype
 from mpitrain.negotiation import Negotiator
 from mpitrain.torch.arguments import Reduction
 from mpitrain.torch.buckets import bucket_layout
+from mpitrain.torch.device_buckets import DeviceBucket
 from mpitrain.torch.named_gradients import NamedGradients
 from mpitrain.torch.observation import BackwardSpan
 from mpitrain.torch.passes import BackwardPasses
@@ -71,7 +72,8 @@ class GradientReducer(BackwardPasses):
         self._buckets: list[Bucket] = []
         self._next = 0
         self._backward = BackwardSpan()
-        self._memory: SharedArray | None = None
+        # By the kinds of device that the parameters lie on.
+        self._memory: dict[tuple[str, ...], NodeArray] = {}
         # Positions of the slots in the order of the buckets.
         self._order: list[int] = []
         # Those whose gradients have come in a step whose order is to be learned; None once it is known.
@@ -148,7 +150,8 @@ class GradientReducer(BackwardPasses):
     def leave(self, reason: str) -> None:
         """Tell the others that no more gradients come from this rank, and let go of the parameters."""
         self.retire(f"this rank {reason}")
-        comm, self._comm, self._memory = self._comm, None, None
+        comm, self._comm = self._comm, None
+        self._memory.clear()
         self._buckets.clear()
         if comm is not None:
             comm.leave(reason)
@@ -175,8 +178,9 @@ class GradientReducer(BackwardPasses):
         facts += [slot.describe() for slot in slots]
         grads = [(slot.position, slot.param.grad) for slot in slots]
         sparse = {position: grad.sparse_dim() for position, grad in grads if grad is not None and grad.is_sparse}
-        everybodys = self._group.allgather_obj((facts, sparse, arrivals))
-        for rank, (others, _, _) in enumerate(everybodys):
+        kinds = [slot.param.device.type for slot in slots]
+        everybodys = self._group.allgather_obj((facts, sparse, arrivals, kinds))
+        for rank, (others, *_) in enumerate(everybodys):
             if others != everybodys[0][0]:
                 pairs = zip_longest(everybodys[0][0], others, fillvalue="nothing")
                 here, there = next(pair for pair in pairs if pair[0] != pair[1])
@@ -184,10 +188,12 @@ class GradientReducer(BackwardPasses):
                     "optimizer: ranks have different parameters or arguments; wrap the same on every rank\n"
                     f"  rank 0: {here}\n  rank {rank}: {there}"
                 )
-        for _, others_sparse, _ in everybodys:
+        for _, others_sparse, _, _ in everybodys:
             for position, sparse_dim in others_sparse.items():
                 self._slots[position].sparse_dim = sparse_dim
-        return [order for _, _, order in everybodys]
+        for slot, devices in zip(slots, zip(*(kinds for *_, kinds in everybodys), strict=True), strict=True):
+            slot.devices = devices
+        return [order for _, _, order, _ in everybodys]
 
     def _build(self, order: list[int]) -> None:
         """Lay out the buckets for gradients that come in this order."""
@@ -200,41 +206,56 @@ class GradientReducer(BackwardPasses):
         for slot in slots:
             slot.bucket = -1
         slots = [slot for slot in slots if not self._reduction.travels_by_name(is_sparse=slot.sparse_dim > 0)]
-        dtypes = [self._reduction.wire_dtype(slot.param) for slot in self._slots]
+        keys = [(self._reduction.wire_dtype(slot.param), slot.devices) for slot in self._slots]
+        sizes = [slot.param.numel() * dtype.itemsize for slot, (dtype, _) in zip(self._slots, keys, strict=True)]
         settings = self._comm.settings
         layout = bucket_layout(
-            [(slot.param.numel() * dtype.itemsize, dtype) for slot, dtype in zip(self._slots, dtypes, strict=True)],
+            list(zip(sizes, keys, strict=True)),
             [slot.position for slot in slots],
             bucket_nbytes=settings.bucket_nbytes,
             first_bucket_nbytes=settings.first_bucket_nbytes,
             groups=self._reduction.groups_among([slot.param for slot in self._slots]),
         )
-        counts = [sum(self._slots[position].param.numel() for position in members) for members in layout]
-        nbytes_of = [
-            _aligned(count * dtypes[members[0]].itemsize) for members, count in zip(layout, counts, strict=True)
-        ]
-        memory = self._memory_of(sum(nbytes_of))
+        nbytes_of = [_aligned(sum(sizes[position] for position in members)) for members in layout]
+        offsets: dict[tuple[str, ...], int] = {}
+        for members, nbytes in zip(layout, nbytes_of, strict=True):
+            devices = self._slots[members[0]].devices
+            offsets[devices] = offsets.get(devices, 0) + nbytes
+        memory = {devices: self._memory_of(devices, nbytes) for devices, nbytes in offsets.items()}
+        offsets = dict.fromkeys(memory, 0)
         self._buckets = []
         self._next = 0
-        offset = 0
-        for members, count, nbytes in zip(layout, counts, nbytes_of, strict=True):
-            array = memory.part(as_dtype(dtypes[members[0]]), offset, count)
-            offset += nbytes
-            plan = self._comm.plan_allreduce_(array, op=self._reduction.op_in_buckets)
+        for members, nbytes in zip(layout, nbytes_of, strict=True):
             in_bucket = [self._slots[position] for position in members]
-            self._buckets.append(Bucket(len(self._buckets), in_bucket, array.tensor(), plan))
+            dtype, devices = as_dtype(keys[members[0]][0]), in_bucket[0].devices
+            count = sum(slot.param.numel() for slot in in_bucket)
+            self._add_bucket(in_bucket, memory[devices].part(dtype, offsets[devices], count))
+            offsets[devices] += nbytes
 
-    def _memory_of(self, nbytes: int) -> SharedArray:
-        """Return the memory for all buckets, which the node shares; the same as before as long as it suffices."""
-        if self._memory is not None and nbytes <= self._memory.flat.nbytes:
+    def _add_bucket(self, slots: list[Slot], array: NodeArray) -> None:
+        assert self._comm is not None
+        plan = self._comm.plan_allreduce_(array, op=self._reduction.op_in_buckets)
+        position = len(self._buckets)
+        if isinstance(array, SharedDeviceArray):
+            self._buckets.append(DeviceBucket(position, slots, array, plan))
+        else:
+            self._buckets.append(Bucket(position, slots, array.tensor(), plan))
+
+    def _memory_of(self, devices: tuple[str, ...], nbytes: int) -> NodeArray:
+        """Return the memory for all buckets of some kinds of device, which the node shares; the same if it suffices."""
+        memory = self._memory.get(devices)
+        if memory is not None and nbytes <= memory.flat.nbytes:
             # Gradients of the step that ends here lie where the next buckets will be.
             for slot in self._slots:
-                if slot.param.grad is not None:
+                if slot.devices == devices and slot.param.grad is not None:
                     slot.param.grad = slot.param.grad.clone()
         else:
             # The order of the parameters changes how they fit into buckets, but each adds less than a line.
-            self._memory = self._group.allocate(nbytes + len(self._slots) * _LINE_NBYTES, "uint8")
-        return self._memory
+            nbytes += len(self._slots) * _LINE_NBYTES
+            param = next(slot.param for slot in self._slots if slot.devices == devices)
+            device = param.device if param.device.type == "cuda" else None
+            memory = self._memory[devices] = self._group.allocate(nbytes, "uint8", device=device)
+        return memory
 
     # What happens in every step
 

@@ -27,6 +27,7 @@ class Slot:
         passes_left: Backward passes to come before the gradient is reduced.
         has_arrived: Whether all passes have come, and the gradient is not synchronized yet.
         sparse_dim: Number of sparse dimensions of the gradient; 0 if it is dense.
+        devices: Kinds of device that the parameter lies on, by rank.
         bucket: Position among the buckets; -1 if the gradient travels by name. (The bucket itself would make a cycle,
             which dies late.)
         view: The gradient's part of the bucket, in the shape of the parameter.
@@ -35,6 +36,7 @@ class Slot:
     __slots__ = (
         "__weakref__",
         "bucket",
+        "devices",
         "has_arrived",
         "name",
         "param",
@@ -51,6 +53,7 @@ class Slot:
         self.passes_left = 0
         self.has_arrived = False
         self.sparse_dim = 0
+        self.devices: tuple[str, ...] = ()
         self.bucket = -1
         self.view: Tensor
 
@@ -91,24 +94,7 @@ class Bucket:
 
     def take(self, slot: Slot, factor: float) -> None:
         """Move a gradient into the bucket, multiplied by `factor`; `param.grad` is its place in the bucket then."""
-        param, view = slot.param, slot.view
-        grad = param.grad
-        if grad is None:
-            view.zero_()
-        elif grad is not view or factor != 1.0:
-            # Of a backward pass that creates a graph, the value is taken.
-            grad = grad.detach()
-            if grad.is_sparse:
-                slot.sparse_dim = grad.sparse_dim()
-                grad = grad.to_dense()
-            if factor == 1.0:
-                view.copy_(grad)
-            else:
-                torch.mul(grad, factor, out=view)
-        if not param.requires_grad:
-            param.grad = None
-        elif view.dtype == param.dtype:
-            param.grad = view
+        self._fill(slot, factor)
         self.missing -= 1
 
     def start(self) -> None:
@@ -127,20 +113,56 @@ class Bucket:
         self.handle = None
         self.missing = len(self.slots)
         is_unchanged = self.buffer._version == self._version  # noqa: SLF001
-        if factor != 1.0:
-            self.buffer.mul_(factor)
-        for slot in self.slots:
-            param, view = slot.param, slot.view
+        for slot, grad in zip(self.slots, self._results(factor), strict=True):
             # One that was frozen has no gradient, or the optimizer would go on changing it.
-            if not param.requires_grad:
+            if not slot.param.requires_grad:
                 continue
             if slot.sparse_dim:
-                param.grad = view.to(param.dtype).to_sparse(slot.sparse_dim)
-            elif view.dtype != param.dtype:
-                param.grad = view.to(param.dtype)
-            elif param.grad is not view:
-                param.grad = view
+                slot.param.grad = grad.to_sparse(slot.sparse_dim)
+            elif slot.param.grad is not grad:
+                slot.param.grad = grad
         return is_unchanged
+
+    def _fill(self, slot: Slot, factor: float) -> None:
+        param, view = slot.param, slot.view
+        grad = param.grad
+        if grad is None:
+            view.zero_()
+        elif grad is not view or factor != 1.0:
+            grad = self.value_of(slot)
+            if factor == 1.0:
+                view.copy_(grad)
+            else:
+                torch.mul(grad, factor, out=view)
+        self.point_to(slot)
+
+    def _results(self, factor: float) -> list[Tensor]:
+        """Return the gradients, of the dtypes of the parameters."""
+        if factor != 1.0:
+            self.buffer.mul_(factor)
+        # What is of this dtype already stays where it is.
+        return [
+            slot.view if slot.view.dtype == slot.param.dtype else slot.view.to(slot.param.dtype) for slot in self.slots
+        ]
+
+    @staticmethod
+    def value_of(slot: Slot) -> Tensor:
+        """Return the gradient as a dense tensor, and note if it is sparse."""
+        assert slot.param.grad is not None
+        # Of a backward pass that creates a graph, the value is taken.
+        grad = slot.param.grad.detach()
+        if grad.is_sparse:
+            slot.sparse_dim = grad.sparse_dim()
+            grad = grad.to_dense()
+        return grad
+
+    @staticmethod
+    def point_to(slot: Slot) -> None:
+        """Let `param.grad` be its place in the bucket, if that is of its dtype."""
+        if not slot.param.requires_grad:
+            slot.param.grad = None
+        elif slot.view.dtype == slot.param.dtype:
+            slot.param.grad = slot.view
 
 
 @contextmanager

@@ -48,6 +48,7 @@ def make_parser(description: str, *, batch_size: int, lr: float, lr_batch_size: 
         "--checkpoint", type=Path, metavar="PATH", help="save there, at each report and when told to stop"
     )
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint, at any number of ranks")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="ranks share the devices of a node")
     parser.add_argument("--algorithm", metavar="NAME", help="of the all-reduce of gradients")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write what came of it there")
     parser.set_defaults(lr_batch_size=lr_batch_size)

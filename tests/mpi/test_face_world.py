@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 from mpi4py import MPI
 
@@ -139,7 +141,8 @@ def test_init_with_a_communicator():
 
 def test_queries(world):
     assert (hvd.mpi_built(), hvd.mpi_enabled(), hvd.mpi_threads_supported()) == (True, True, True)
-    for query in (hvd.gloo_built, hvd.gloo_enabled, hvd.cuda_built, hvd.rocm_built, hvd.ddl_built, hvd.ccl_built):
+    assert hvd.cuda_built() == (importlib.util.find_spec("cupy") is not None)
+    for query in (hvd.gloo_built, hvd.gloo_enabled, hvd.rocm_built, hvd.ddl_built, hvd.ccl_built):
         assert query() is False
     # Scripts use it as a number of a version, and as a truth.
     assert hvd.nccl_built() == 0

@@ -29,7 +29,8 @@ class Case:
 
     Attributes:
         count: Elements of each rank's array, or rows where `row_shape` is given.
-        library: "numpy" or "torch"; bfloat16 is torch's in any case.
+        library: "numpy", "torch" or "cupy"; bfloat16 is torch's on the host in any case. With "mixed" even ranks bring
+            CuPy's and odd ones NumPy's.
         form: "new", "in place", "async" or "async in place".
     """
 
@@ -67,6 +68,10 @@ def brought(rank: int, shape: Sequence[int], dtype: str, op: str = "sum") -> NDA
 
 def make(values: NDArray[Any], dtype: str, library: str = "numpy") -> Any:
     """Return `values` as an array of the library."""
+    if library == "cupy":
+        import cupy
+
+        return cupy.asarray(values.astype(dtype))
     if library == "numpy" and dtype != "bfloat16":
         return values.astype(dtype)
     import torch
@@ -78,11 +83,15 @@ def read(array: Any) -> NDArray[Any]:
     """Return the elements of an array of any library as NumPy's, whatever its dtype."""
     if isinstance(array, np.ndarray):
         return array
+    if hasattr(array, "get"):
+        return array.get()
     return array.float().numpy() if str(array.dtype) == "torch.bfloat16" else array.numpy()
 
 
 def bits(array: Any) -> bytes:
     """Return the memory of an array."""
+    if hasattr(array, "get"):
+        array = array.get()
     if not isinstance(array, np.ndarray):
         import torch
 
@@ -110,9 +119,9 @@ def reduced(size: int, case: Case) -> NDArray[Any]:
     return np.asarray(functions[case.op](parts, axis=0))
 
 
-def assert_is(got: Any, expected: NDArray[Any], case: Case) -> None:
+def assert_is(comm: Communicator, got: Any, expected: NDArray[Any], case: Case) -> None:
     """`got` is an array of the case's kind that holds `expected`, to the bit."""
-    wanted = make(expected, case.dtype, case.library)
+    wanted = make(expected, case.dtype, library_of(comm, case))
     assert type(got) is type(wanted)
     assert got.dtype == wanted.dtype
     assert tuple(got.shape) == tuple(wanted.shape)
@@ -120,7 +129,11 @@ def assert_is(got: Any, expected: NDArray[Any], case: Case) -> None:
 
 
 def own_array(comm: Communicator, case: Case) -> Any:
-    return make(brought(comm.rank, case.shape, case.dtype, case.op), case.dtype, case.library)
+    return make(brought(comm.rank, case.shape, case.dtype, case.op), case.dtype, library_of(comm, case))
+
+
+def library_of(comm: Communicator, case: Case) -> str:
+    return case.library if case.library != "mixed" else ("cupy", "numpy")[comm.rank % 2]
 
 
 def call(comm: Communicator, verb: str, form: str, *arguments: Any, **options: Any) -> Any:
@@ -134,7 +147,7 @@ def check_allreduce(comm: Communicator, algorithm: str, case: Case) -> None:
     array = own_array(comm, case)
     before = bits(array)
     got = call(comm, "allreduce", case.form, array, op=case.op, algorithm=algorithm)
-    assert_is(got, reduced(comm.size, case), case)
+    assert_is(comm, got, reduced(comm.size, case), case)
     assert (got is array) == ("in place" in case.form)
     assert "in place" in case.form or bits(array) == before
 
@@ -144,7 +157,7 @@ def check_reduce(comm: Communicator, algorithm: str, case: Case) -> None:
     before = bits(array)
     got = call(comm, "reduce", _new(case), array, root=case.root, op=case.op, algorithm=algorithm)
     if comm.rank == case.root:
-        assert_is(got, reduced(comm.size, case), case)
+        assert_is(comm, got, reduced(comm.size, case), case)
     else:
         assert got is None
     assert bits(array) == before
@@ -156,7 +169,7 @@ def check_reduce_scatter(comm: Communicator, algorithm: str, case: Case) -> None
     got = call(comm, "reduce_scatter", _new(case), array, op=case.op, algorithm=algorithm)
     rows = even_counts(case.count, comm.size)
     begin = sum(rows[: comm.rank])
-    assert_is(got, reduced(comm.size, case)[begin : begin + rows[comm.rank]], case)
+    assert_is(comm, got, reduced(comm.size, case)[begin : begin + rows[comm.rank]], case)
     assert bits(array) == before
 
 
@@ -165,23 +178,23 @@ def check_allgather(comm: Communicator, algorithm: str, case: Case) -> None:
     before = bits(array)
     got = call(comm, "allgather", _new(case), array, algorithm=algorithm)
     expected = [brought(rank, case.shape, case.dtype, case.op) for rank in range(comm.size)]
-    assert_is(got, np.concatenate(expected), case)
+    assert_is(comm, got, np.concatenate(expected), case)
     assert bits(array) == before
 
 
 def check_uneven_allgather(comm: Communicator, algorithm: str, case: Case) -> None:
     rows = [(case.count * (rank + 2)) % (2 * case.count + 1) for rank in range(comm.size)]
     parts = [brought(rank, (rows[rank], *case.row_shape), case.dtype) for rank in range(comm.size)]
-    array = make(parts[comm.rank], case.dtype, case.library)
+    array = make(parts[comm.rank], case.dtype, library_of(comm, case))
     got = call(comm, "allgather", _new(case), array, rows=rows, algorithm=algorithm)
-    assert_is(got, np.concatenate(parts), case)
+    assert_is(comm, got, np.concatenate(parts), case)
 
 
 def check_broadcast(comm: Communicator, algorithm: str, case: Case) -> None:
     array = own_array(comm, case)
     before = bits(array)
     got = call(comm, "broadcast", case.form, array, root=case.root, algorithm=algorithm)
-    assert_is(got, brought(case.root, case.shape, case.dtype, case.op), case)
+    assert_is(comm, got, brought(case.root, case.shape, case.dtype, case.op), case)
     assert (got is array) == ("in place" in case.form)
     if "in place" not in case.form or comm.rank == case.root:
         assert bits(array) == before
@@ -193,7 +206,7 @@ def check_gather(comm: Communicator, algorithm: str, case: Case) -> None:
     got = call(comm, "gather", _new(case), array, root=case.root, algorithm=algorithm)
     if comm.rank == case.root:
         expected = [brought(rank, case.shape, case.dtype, case.op) for rank in range(comm.size)]
-        assert_is(got, np.concatenate(expected), case)
+        assert_is(comm, got, np.concatenate(expected), case)
     else:
         assert got is None
     assert bits(array) == before
@@ -201,12 +214,12 @@ def check_gather(comm: Communicator, algorithm: str, case: Case) -> None:
 
 def check_scatter(comm: Communicator, algorithm: str, case: Case) -> None:
     parts = [brought(rank, case.shape, case.dtype, case.op) for rank in range(comm.size)]
-    whole = make(np.concatenate(parts), case.dtype, case.library) if comm.rank == case.root else None
+    whole = make(np.concatenate(parts), case.dtype, library_of(comm, case)) if comm.rank == case.root else None
     before = b"" if whole is None else bits(whole)
-    out = make(np.zeros_like(parts[0]), case.dtype, case.library)
+    out = make(np.zeros_like(parts[0]), case.dtype, library_of(comm, case))
     got = call(comm, "scatter", _new(case), whole, out, root=case.root, algorithm=algorithm)
     assert got is out
-    assert_is(got, parts[comm.rank], case)
+    assert_is(comm, got, parts[comm.rank], case)
     assert whole is None or bits(whole) == before
 
 
@@ -217,11 +230,11 @@ def check_alltoall(comm: Communicator, algorithm: str, case: Case) -> None:
     def part(source: int, dest: int) -> NDArray[Any]:
         return brought(source * size + dest, case.shape, case.dtype)
 
-    sent = make(np.concatenate([part(rank, dest) for dest in range(size)]), case.dtype, case.library)
+    sent = make(np.concatenate([part(rank, dest) for dest in range(size)]), case.dtype, library_of(comm, case))
     before = bits(sent)
     got, rows = call(comm, "alltoall", _new(case), sent, algorithm=algorithm)
     assert rows == [case.count] * size
-    assert_is(got, np.concatenate([part(source, rank) for source in range(size)]), case)
+    assert_is(comm, got, np.concatenate([part(source, rank) for source in range(size)]), case)
     assert bits(sent) == before
 
 
@@ -234,10 +247,10 @@ def check_uneven_alltoall(comm: Communicator, algorithm: str, case: Case) -> Non
     def part(source: int, dest: int) -> NDArray[Any]:
         return brought(source * size + dest, (splits(source)[dest], *case.row_shape), case.dtype)
 
-    sent = make(np.concatenate([part(rank, dest) for dest in range(size)]), case.dtype, case.library)
+    sent = make(np.concatenate([part(rank, dest) for dest in range(size)]), case.dtype, library_of(comm, case))
     got, rows = call(comm, "alltoall", _new(case), sent, splits=splits(rank), algorithm=algorithm)
     assert rows == [splits(source)[rank] for source in range(size)]
-    assert_is(got, np.concatenate([part(source, rank) for source in range(size)]), case)
+    assert_is(comm, got, np.concatenate([part(source, rank) for source in range(size)]), case)
 
 
 def check_barrier(comm: Communicator, algorithm: str, case: Case) -> None:
@@ -291,6 +304,15 @@ def grid(collective: str, size: int, dtypes: Sequence[str] = DTYPES) -> Iterator
             form=next(forms),
             row_shape=next(row_shapes) if count < 100 else (),
         )
+
+
+def device_grid(collective: str, size: int, library: str = "cupy") -> Iterator[Case]:
+    """Yield `grid` for device arrays, and counts of several pieces in every form."""
+    for case in thorough_grid(collective, size):
+        if case.dtype != "bfloat16":
+            yield dataclasses.replace(case, library=library)
+    for form in ("new", "in place", "async", "async in place"):
+        yield Case(count=777, library=library, form=form, root=size - 1)
 
 
 def thorough_grid(collective: str, size: int) -> Iterator[Case]:

@@ -66,10 +66,10 @@ def plan_allgather(
         program = context.program("allgather", name, layout, dtype, nbytes=nbytes)
 
     def task(call: Call) -> Task[Any]:
-        result = allocate_like(array, (sum(all_rows), *rest))
+        result = context.new_like(array, (sum(all_rows), *rest), call)
         data = flat_view(result, writable=True).data
         offset = layout.offsets[context.rank]
-        data[offset : offset + view.count] = view.data
+        context.copy(data[offset : offset + view.count], view.data)
         if uses_native:
             yield from context.run_native(call, context.transport.native.allgather, data, counts, dtype)
         else:

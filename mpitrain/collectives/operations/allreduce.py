@@ -13,7 +13,7 @@ from mpitrain.collectives.plan import Call, Plan
 from mpitrain.collectives.reduction import Reduction
 from mpitrain.collectives.selection import NATIVE
 from mpitrain.collectives.small import SmallAllreduce
-from mpitrain.memory import FlatArray, ReduceOp, SharedArray, check_op, copy_of, divide_by, flat_view, parse_op
+from mpitrain.memory import FlatArray, ReduceOp, SharedArray, check_op, copy_of, flat_view, parse_op
 
 __all__ = ["plan_allreduce"]
 
@@ -70,16 +70,17 @@ def plan_allreduce(
         counts = even_counts(view.count, context.num_chunks("allreduce", name, view.nbytes))
         program = context.program("allreduce", name, Layout.packed(counts), dtype, nbytes=view.nbytes)
 
+    finish = context.finisher(dtype, op)
+
     def task(call: Call) -> Task[Any]:
         if uses_native:
             yield from context.run_native(call, context.transport.native.allreduce, view.data, dtype, op)
+            finish(view.data)
         else:
-            yield from context.execute(program, [view.data], dtype, call, op)
-        if op is ReduceOp.AVERAGE:
-            divide_by(view.data, context.size, dtype)
+            yield from context.execute(program, [view.data], dtype, call, op, finish=finish)
         return view.owner
 
-    return Plan(description, task, uses_native, nbytes=view.nbytes)
+    return Plan(description, task, uses_native, nbytes=view.nbytes, is_gated=not uses_native)
 
 
 def _plan_at_meeting(small: SmallAllreduce, view: FlatArray, description: str) -> Plan[Any]:
@@ -106,4 +107,11 @@ def _plan_in_node(
         return view.owner
 
     place = "in shared memory" if shared is not None else "through staging memory"
-    return Plan(f"{description} {place}", task, uses_staging=shared is None, uses_flags=True, nbytes=view.nbytes)
+    return Plan(
+        f"{description} {place}",
+        task,
+        uses_staging=shared is None,
+        uses_flags=True,
+        nbytes=view.nbytes,
+        is_gated=shared is None,
+    )

@@ -13,7 +13,7 @@ from mpitrain.collectives.executor import Task
 from mpitrain.collectives.layout import Layout
 from mpitrain.collectives.plan import Call, Plan
 from mpitrain.collectives.selection import NATIVE
-from mpitrain.memory import FlatArray, allocate_like, flat_view
+from mpitrain.memory import FlatArray, flat_view
 
 __all__ = ["plan_alltoall"]
 
@@ -83,7 +83,7 @@ def _checked_splits(view: FlatArray, splits: Sequence[int] | None, size: int) ->
 
 def _ask_splits(context: Context, splits: list[int], call: Call) -> Task[list[int]]:
     plan = plan_alltoall(context, np.array(splits, np.int64), algorithm="pairwise")
-    answer, _ = yield from plan.task(call)
+    answer, _ = yield from plan.task(call._replace(gates=None))
     return [int(rows) for rows in answer]
 
 
@@ -96,7 +96,7 @@ def _exchange(
     row_count = math.prod(rest)
     send_counts = tuple(rows * row_count for rows in sent_splits)
     receive_counts = tuple(rows * row_count for rows in received_splits)
-    result = allocate_like(view, (sum(received_splits), *rest))
+    result = context.new_like(view, (sum(received_splits), *rest), call)
     data = flat_view(result, writable=True).data
     if name == NATIVE:
         native = context.transport.native.alltoall
@@ -104,7 +104,7 @@ def _exchange(
         return result
     layout = Layout.packed(send_counts, receive_counts)
     begin, target = layout.offsets[rank], layout.offsets[context.size + rank]
-    data[target : target + receive_counts[rank]] = view.data[begin : begin + send_counts[rank]]
+    context.copy(data[target : target + receive_counts[rank]], view.data[begin : begin + send_counts[rank]])
     program = context.program("alltoall", name, layout, dtype, nbytes=view.nbytes)
     yield from context.execute(program, [view.data, data], dtype, call)
     return result

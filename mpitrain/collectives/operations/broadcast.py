@@ -66,4 +66,4 @@ def plan_broadcast(
             yield from context.execute(program, [view.data], dtype, call)
         return view.owner
 
-    return Plan(description, task, uses_native, nbytes=view.nbytes)
+    return Plan(description, task, uses_native, nbytes=view.nbytes, is_gated=not uses_native)

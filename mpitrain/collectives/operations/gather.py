@@ -10,7 +10,7 @@ from mpitrain.collectives.layout import Layout
 from mpitrain.collectives.plan import Call, Plan
 from mpitrain.collectives.program import touched_chunks
 from mpitrain.collectives.selection import NATIVE
-from mpitrain.memory import allocate_like, flat_view
+from mpitrain.memory import flat_view
 from mpitrain.schedules import find_algorithm
 
 __all__ = ["plan_gather"]
@@ -47,7 +47,7 @@ def plan_gather(
 
     def task(call: Call) -> Task[Any]:
         rows, *rest = view.shape or (1,)
-        result = allocate_like(array, (size * rows, *rest)) if rank == root else None
+        result = context.new_like(array, (size * rows, *rest), call) if rank == root else None
         data = flat_view(result, writable=True).data if rank == root else None
         if uses_native:
             native = context.transport.native.gather
@@ -58,7 +58,7 @@ def plan_gather(
             memory = context.scratch.acquire(len(touched) * view.nbytes)
             data = memory.view(dtype.storage)
         offset = layout.offsets[rank]
-        data[offset : offset + view.count] = view.data
+        context.copy(data[offset : offset + view.count], view.data)
         yield from context.execute(program, [data], dtype, call)
         if memory is not None:
             context.scratch.release(memory)

@@ -11,7 +11,7 @@ from mpitrain.collectives.layout import Layout, even_counts
 from mpitrain.collectives.plan import Call, Plan
 from mpitrain.collectives.reduction import Reduction
 from mpitrain.collectives.selection import DIRECT, NATIVE
-from mpitrain.memory import ReduceOp, SharedArray, allocate_like, copy_of, divide_by, flat_view
+from mpitrain.memory import ReduceOp, SharedArray, allocate_like, flat_view
 
 __all__ = ["plan_reduce"]
 
@@ -51,21 +51,23 @@ def plan_reduce(
             blocking=blocking,
         )
     # Partial results pass through every rank that receives, so all work on a copy.
-    view = flat_view(copy_of(array), writable=True)
+    view = given if given.is_expendable else flat_view(allocate_like(array, given.shape), writable=True)
+    finish, is_root = context.finisher(dtype, op), context.rank == root
     uses_native = name == NATIVE
     if not uses_native:
         counts = even_counts(view.count, context.num_chunks("reduce", name, view.nbytes))
         program = context.program("reduce", name, Layout.packed(counts), dtype, nbytes=view.nbytes, root=root)
 
     def task(call: Call) -> Task[Any]:
+        if view is not given:
+            context.copy(view.data, given.data)
         if uses_native:
             yield from context.run_native(call, context.transport.native.reduce, view.data, dtype, op, root)
+            if is_root:
+                finish(view.data)
         else:
-            yield from context.execute(program, [view.data], dtype, call, op)
-        if context.rank != root:
-            return None
-        if op is ReduceOp.AVERAGE:
-            divide_by(view.data, context.size, dtype)
-        return view.owner
+            yield from context.execute(program, [view.data], dtype, call, op, finish=finish if is_root else None)
+        return view.owner if is_root else None
 
-    return Plan(description, task, uses_native, nbytes=view.nbytes)
+    is_gated = not uses_native and view is given
+    return Plan(description, task, uses_native, nbytes=view.nbytes, is_gated=is_gated)

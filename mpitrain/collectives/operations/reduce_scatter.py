@@ -12,7 +12,7 @@ from mpitrain.collectives.layout import Layout, even_counts
 from mpitrain.collectives.plan import Call, Plan
 from mpitrain.collectives.reduction import Reduction
 from mpitrain.collectives.selection import DIRECT, NATIVE
-from mpitrain.memory import ReduceOp, SharedArray, allocate_like, divide_by, flat_view
+from mpitrain.memory import ReduceOp, SharedArray, allocate_like, flat_view
 
 __all__ = ["plan_reduce_scatter"]
 
@@ -53,26 +53,29 @@ def plan_reduce_scatter(
             blocking=blocking,
         )
     uses_native = name == NATIVE
+    finish = context.finisher(dtype, op)
     if not uses_native:
         program = context.program("reduce_scatter", name, layout, dtype, nbytes=view.nbytes)
 
     def task(call: Call) -> Task[Any]:
-        result = allocate_like(array, (rows[context.rank], *view.shape[1:]))
+        result = context.new_like(array, (rows[context.rank], *view.shape[1:]), call)
         part = flat_view(result, writable=True).data
         if uses_native:
             native = context.transport.native.reduce_scatter
             yield from context.run_native(call, native, view.data, part, counts, dtype, op)
         else:
             # Partial results replace the chunks that are passed on, so the caller's array is copied.
-            memory = context.scratch.acquire(view.nbytes)
-            work = memory.view(dtype.storage)
-            work[:] = view.data
+            memory = None if view.is_expendable else context.scratch.acquire(view.nbytes)
+            work = view.data if memory is None else memory.view(dtype.storage)
+            if memory is not None:
+                context.copy(work, view.data)
             yield from context.execute(program, [work], dtype, call, op)
             offset = layout.offsets[context.rank]
-            part[:] = work[offset : offset + part.size]
-            context.scratch.release(memory)
-        if op is ReduceOp.AVERAGE:
-            divide_by(part, context.size, dtype)
+            context.copy(part, work[offset : offset + part.size])
+            if memory is not None:
+                context.scratch.release(memory)
+        finish(part)
         return result
 
-    return Plan(description, task, uses_native, nbytes=view.nbytes)
+    is_gated = not uses_native and view.is_expendable
+    return Plan(description, task, uses_native, nbytes=view.nbytes, is_gated=is_gated)

@@ -63,11 +63,15 @@ def plan_scatter(
             data = memory.view(dtype.storage)
         yield from context.execute(program, [data], dtype, call)
         offset = layout.offsets[rank]
-        part.data[:] = data[offset : offset + part.count]
+        context.copy(part.data, data[offset : offset + part.count])
         if memory is not None:
             context.scratch.release(memory)
         return out
 
     return Plan(
-        f"scatter of {dtype} {list(part.shape)} from root {root} by {name}", task, uses_native, nbytes=part.nbytes
+        f"scatter of {dtype} {list(part.shape)} from root {root} by {name}",
+        task,
+        uses_native,
+        nbytes=part.nbytes,
+        is_gated=not uses_native,
     )

@@ -3,11 +3,10 @@ from __future__ import annotations
 import builtins
 import os
 import sys
-from types import SimpleNamespace
 
 import pytest
 
-from mpitrain.comm import mpi_library
+from mpitrain.comm import cuda_aware, mpi_library
 from mpitrain.comm.mpi_library import LibraryFacts
 from mpitrain.doctor import (
     Finding,
@@ -24,6 +23,7 @@ from mpitrain.doctor import (
     why_mpi_does_not_start,
 )
 from mpitrain.launch import Host
+from tests.support.fake_cupy import stand_in
 
 MIB = 1 << 20
 
@@ -123,8 +123,6 @@ LIBRARY = LibraryFacts(
     standard="3.1",
     thread_level="multiple",
     has_ulfm=True,
-    is_cuda_aware=False,
-    cuda_source="MPIX_Query_cuda_support says so",
     can_share=True,
 )
 
@@ -153,12 +151,22 @@ def test_a_library_that_lacks_threads_or_shared_memory(monkeypatch):
     assert "no: a rank that fails ends the job" in find(checked(monkeypatch, has_ulfm=False), "ULFM").text
 
 
-@pytest.mark.parametrize(("aware", "words"), [(True, "yes"), (False, "no, device"), (None, "unknown")])
-def test_cuda_awareness_says_where_it_is_from_and_that_it_was_not_tried(monkeypatch, aware, words):
-    monkeypatch.setenv("MPICH_GPU_SUPPORT_ENABLED", "1")
-    found = find(checked(monkeypatch, is_cuda_aware=aware, cuda_source="somebody says so"), "CUDA-aware MPI")
-    assert found.text.startswith(f"{words}")
-    assert found.text.endswith(": somebody says so; MPICH_GPU_SUPPORT_ENABLED=1 in the environment; not tried")
+@pytest.mark.parametrize(("claim", "words"), [(True, "yes"), (False, "no"), (None, "unknown")])
+def test_cuda_awareness_without_a_device_is_what_mpi_says(monkeypatch, claim, words):
+    monkeypatch.setattr(cuda_aware, "what_mpi_says", lambda: (claim, "somebody says so"))
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    found = find(checked(monkeypatch), "CUDA-aware MPI")
+    assert found.text == f"{words}: somebody says so; not tried, as there is no device"
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [("yes", "yes, device arrays go straight to MPI"), ("no", "no, device arrays are staged through pinned memory")],
+)
+def test_cuda_awareness_with_a_device_is_what_training_finds(monkeypatch, fake_cupy, setting, words):
+    monkeypatch.setenv("MPITRAIN_CUDA_AWARE", setting)
+    found = find(checked(monkeypatch), "CUDA-aware MPI")
+    assert (found.status, found.text) == ("ok", f"{words}: MPITRAIN_CUDA_AWARE={setting}")
 
 
 def test_an_mpi_that_does_not_start_says_why(monkeypatch):
@@ -187,24 +195,14 @@ def test_torch_that_is_missing_or_broken(monkeypatch):
 
 
 def test_cupy_and_its_devices(monkeypatch):
-    class CUDARuntimeError(Exception):
-        pass
-
-    def no_device():
-        raise CUDARuntimeError("no driver")
-
-    runtime = SimpleNamespace(
-        CUDARuntimeError=CUDARuntimeError,
-        getDeviceCount=lambda: 2,
-        getDeviceProperties=lambda index: {"name": f"device {index}".encode()},
-    )
-    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(__version__="13.6", cuda=SimpleNamespace(runtime=runtime)))
-    monkeypatch.setattr(packages, "package_version", lambda name: "13.6" if name == "cupy-cuda12x" else "")
-    assert find(check_packages(), "CuPy") == Finding("CuPy", "ok", "13.6, device 0, device 1")
-    runtime.getDeviceCount = no_device
-    found = find(check_packages(), "CuPy")
+    monkeypatch.setattr(packages, "package_version", lambda name: "14.0" if name == "cupy-cuda12x" else "")
+    with stand_in(num_devices=2) as cupy:
+        text = f"{cupy.__version__}, Stand-in, Stand-in"
+        assert find(check_packages(), "CuPy") == Finding("CuPy", "ok", text)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        found = find(check_packages(), "CuPy")
     assert found.status == "warning"
-    assert "CuPy 13.6 sees none, got no driver" in found.text
+    assert "devices: no device can be used, got cudaErrorNoDevice" in found.text
 
 
 # Launching

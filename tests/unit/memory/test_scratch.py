@@ -142,3 +142,35 @@ def test_threads_never_share_a_block():
         thread.join()
     assert clashes == []
     assert 0 < pool.idle_nbytes <= 40_000
+
+
+def test_what_was_lent_comes_back_when_the_last_view_is_gone():
+    pool = ScratchPool()
+    loan = pool.lend(10_000)
+    where = address(loan)
+    assert (loan.dtype, loan.shape, where % 64) == (np.uint8, (10_000,), 0)
+    view = loan[16:32].view(np.float32)
+    del loan
+    gc.collect()
+    assert address(pool.acquire(10_000)) != where
+    del view
+    gc.collect()
+    assert address(pool.acquire(10_000)) == where
+
+
+def test_nothing_can_be_lent():
+    assert ScratchPool().lend(0).shape == (0,)
+
+
+def test_memory_comes_from_the_allocator():
+    asked = []
+
+    def allocate(nbytes):
+        asked.append(nbytes)
+        return np.empty(nbytes, np.uint8)
+
+    pool = ScratchPool(allocate=allocate)
+    pool.release(pool.acquire(100_000))
+    pool.release(pool.acquire(100_000))
+    assert len(asked) == 1
+    assert asked[0] >= 100_000

@@ -1,0 +1,54 @@
+"""A stand-in for CuPy: device memory that lies on the host, and streams that are as late as real ones.
+
+In a test, the fixture `fake_cupy` puts it in place of CuPy; a started process gets it by `environment()`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import pathlib
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+
+__all__ = ["FOLDER", "environment", "stand_in"]
+
+FOLDER = pathlib.Path(__file__).parent
+
+
+@contextlib.contextmanager
+def stand_in(**configuration: object) -> Iterator[ModuleType]:
+    """Import the stand-in as `cupy`, with a machine of its own, for as long as the block lasts.
+
+    Args:
+        configuration: Attributes of `Configuration`, such as `num_devices`.
+    """
+    before = {name: module for name, module in sys.modules.items() if _is_cupy(name)}
+    for name in before:
+        del sys.modules[name]
+    sys.path.insert(0, str(FOLDER))
+    try:
+        module = importlib.import_module("cupy")
+        for name, value in configuration.items():
+            setattr(module._machine.machine.configuration, name, value)
+        try:
+            yield module
+        finally:
+            module._machine.machine.close()
+    finally:
+        sys.path.remove(str(FOLDER))
+        for name in [name for name in sys.modules if _is_cupy(name)]:
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
+def environment(**values: str) -> dict[str, str]:
+    """Return the environment of a process that finds the stand-in, with variables such as `STAND_IN_DEVICES`."""
+    path = os.pathsep.join([str(FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, **values}
+
+
+def _is_cupy(name: str) -> bool:
+    return name == "cupy" or name.startswith("cupy.")

@@ -1,0 +1,101 @@
+"""Named operations on device arrays, on the stand-in for CuPy, beside ranks whose arrays lie on the host."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mpitrain.collectives import Communicator
+from mpitrain.comm import Transport, run_ranks
+from mpitrain.config import Settings
+from mpitrain.errors import CollectiveMismatchError
+from mpitrain.negotiation import Negotiator
+
+SETTINGS = Settings(wait="sleep", device_piece_nbytes=64, fusion_nbytes=1024)
+WAIT_S = 20.0
+
+
+def run(size: int, function: Any) -> list[Any]:
+    def body(transport: Transport) -> Any:
+        comm = Communicator(transport, settings=SETTINGS)
+        try:
+            return function(Negotiator(comm))
+        finally:
+            comm.engine.close()
+
+    return run_ranks(size, body)
+
+
+@pytest.fixture(params=["devices", "one on the host"])
+def library_of(request, fake_cupy):
+    """Return the library of a rank's arrays."""
+    return lambda rank: np if rank == 1 and request.param == "one on the host" else fake_cupy
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_allreduces_of_several_arrays_in_any_order(library_of, in_place):
+    def body(negotiator):
+        rank, library = negotiator.comm.rank, library_of(negotiator.comm.rank)
+        handles = {}
+        for name in ("a", "b", "c")[:: 1 if rank else -1]:
+            arrays = [library.full(50, rank + 1, np.float32), library.full((3, 5), rank, np.int64)]
+            handles[name] = (
+                arrays,
+                negotiator.start(name, "allreduce", arrays, op="sum", prescale=2.0, in_place=in_place),
+            )
+        for arrays, handle in handles.values():
+            results = handle.wait(WAIT_S)
+            assert [type(result) for result in results] == [library.ndarray] * 2
+            assert [result.shape for result in results] == [(50,), (3, 5)]
+            assert results[0].tolist() == [12.0] * 50
+            assert results[1].tolist() == [[6] * 5] * 3
+            assert all((result is array) == in_place for result, array in zip(results, arrays, strict=True))
+            if not in_place:
+                assert arrays[0].tolist() == [rank + 1] * 50
+
+    run(3, body)
+
+
+def test_average_of_the_callers_own_stream(fake_cupy):
+    """What the caller has queued on its stream comes first, in whatever thread the operation runs."""
+
+    def body(negotiator):
+        with fake_cupy.cuda.Stream(non_blocking=True):
+            array = fake_cupy.zeros(300, np.float16)
+            for _ in range(10):
+                array += 1 + negotiator.comm.rank
+            handle = negotiator.start("x", "allreduce", [array], op="average")
+            assert not handle.done
+            (result,) = handle.wait(WAIT_S)
+            assert result.tolist() == [15.0] * 300
+
+    run(2, body)
+
+
+def test_other_collectives(library_of):
+    def body(negotiator):
+        rank, library = negotiator.comm.rank, library_of(negotiator.comm.rank)
+
+        def of(collective, array, **details):
+            (result,) = negotiator.start(collective, collective, [array], **details).wait(WAIT_S)
+            return result
+
+        gathered, rows = of("allgather", library.full((rank + 1, 2), rank, np.int32))
+        assert (rows, gathered.tolist()) == ([1, 2], [[0, 0], [1, 1], [1, 1]])
+        assert of("broadcast", library.full(40, rank, np.uint8), root=1).tolist() == [1] * 40
+        exchanged, rows = of("alltoall", library.full(3, rank, np.int64), splits=(1, 2))
+        assert (rows, exchanged.tolist()) == ([1 + rank] * 2, [0] * (1 + rank) + [1] * (1 + rank))
+        assert of("reduce_scatter", library.full(5, rank + 1.0), op="sum").tolist() == [3.0] * (3 - rank)
+
+    run(2, body)
+
+
+def test_different_shapes_are_an_error_on_all_ranks(fake_cupy):
+    def body(negotiator):
+        handle = negotiator.start("x", "allreduce", [fake_cupy.ones(3 + negotiator.comm.rank)], op="sum")
+        with pytest.raises(CollectiveMismatchError):
+            handle.wait(WAIT_S)
+
+    run(2, body)
