@@ -22,7 +22,7 @@ from mpitrain.config import PREFIX, Settings
 from mpitrain.errors import CollectiveMismatchError
 from mpitrain.memory import ReduceOp, dtype_named
 
-__all__ = ["agree", "check_same_settings", "digest_of", "explain"]
+__all__ = ["agree", "check_same_settings", "digest_of", "explain", "read_settings"]
 
 _INT64 = dtype_named("int64")
 _UINT8 = dtype_named("uint8")
@@ -93,6 +93,24 @@ def check_same_settings(transport: Transport, settings: Settings) -> None:
                 f"{PREFIX}{name.upper()}: must be the same on every rank, got {answers[odd[0]][name]!r} on ranks "
                 f"{_ranges(odd)} and {first!r} on rank 0; have mpirun hand the environment to all hosts"
             )
+
+
+def read_settings(transport: Transport, settings: Settings | None) -> Settings:
+    """Return the settings, read from the environment if none are given. Every rank must call.
+
+    Raises:
+        ValueError: A variable with an unusable value, on the rank that has it.
+        CollectiveMismatchError: Another rank has one.
+    """
+    try:
+        settings = settings or Settings.from_environ()
+    except ValueError as error:
+        transport.gather_everywhere(str(error))
+        raise
+    for rank, problem in enumerate(transport.gather_everywhere("")):
+        if problem:
+            raise CollectiveMismatchError(f"settings: the environment of rank {rank} is unusable: {problem}")
+    return settings
 
 
 def _exchange(context: Context, description: str, call: Call) -> Task[list[str]]:

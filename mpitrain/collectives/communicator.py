@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mpitrain.collectives import operations
-from mpitrain.collectives.agreement import agree, check_same_settings
+from mpitrain.collectives.agreement import agree, check_same_settings, read_settings
 from mpitrain.collectives.calls import Calls
 from mpitrain.collectives.context import Context
 from mpitrain.collectives.departure import watch_exit
@@ -107,7 +107,7 @@ class Communicator(Collectives):
         from mpitrain.comm.mpi import MPITransport  # starts MPI
 
         transport = MPITransport(comm)
-        settings = settings or Settings.from_environ()
+        settings = read_settings(transport, settings)
         show_messages(settings.log_level)
         made = cls(transport, settings=settings, table=load_table(transport, settings))
         watch_exit(made)
