@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import pickle
 import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mpitrain.collectives import operations
 from mpitrain.collectives.agreement import agree, check_same_settings, read_settings
+from mpitrain.collectives.allocation import allocate, plan_allocation
 from mpitrain.collectives.calls import Calls
 from mpitrain.collectives.context import Context
 from mpitrain.collectives.departure import watch_exit
 from mpitrain.collectives.executor import Task
-from mpitrain.collectives.objects import exchange_pickled, plan_root
+from mpitrain.collectives.objects import ObjectCollectives
 from mpitrain.collectives.observer import Observer
 from mpitrain.collectives.peers import PeerWatch
 from mpitrain.collectives.persistent import PersistentPlan
@@ -25,11 +25,10 @@ from mpitrain.collectives.selection import known_algorithms
 from mpitrain.collectives.small import SmallAllreduce
 from mpitrain.collectives.table import Table
 from mpitrain.collectives.table_file import load_table
-from mpitrain.collectives.verbs import Collectives
 from mpitrain.comm import Topology, Transport
 from mpitrain.config import Settings
 from mpitrain.errors import CollectiveMismatchError
-from mpitrain.memory import SharedArray, as_dtype, flat_view
+from mpitrain.memory import SharedArray, flat_view
 from mpitrain.observe import show_messages
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ Result = TypeVar("Result")
 _MOST_TAGS = 32768
 
 
-class Communicator(Collectives):
+class Communicator(ObjectCollectives):
     """Collectives among a group of ranks, on NumPy arrays and torch CPU tensors.
 
         comm = Communicator.from_mpi()
@@ -139,29 +138,6 @@ class Communicator(Collectives):
         """What carries the messages."""
         return self._context.transport
 
-    # Objects
-
-    def allgather_obj(self, value: Any) -> list[Any]:
-        """Collect one picklable value of each rank; every rank returns all, in rank order.
-
-        Ranks of one job trust each other: unpickling runs code that a peer chooses.
-
-        Raises:
-            ValueError: A rank's value cannot be pickled; on every rank.
-        """
-        values = exchange_pickled(self, self.rank, value)
-        return [pickle.loads(data) for data in values]
-
-    def broadcast_obj(self, value: Any = None, *, root: int = 0) -> Any:
-        """Copy the root's picklable `value`, which is ignored elsewhere; every rank returns it, the root its own.
-
-        Raises:
-            ValueError: The root's value cannot be pickled, on every rank; or the root is out of range.
-        """
-        self._run(plan_root, "broadcast_obj", root)
-        values = exchange_pickled(self, self.rank, value if self.rank == root else None)
-        return value if self.rank == root else pickle.loads(values[root])
-
     # Memory
 
     def allocate(self, shape: int | Sequence[int], dtype: Any) -> SharedArray:
@@ -171,16 +147,24 @@ class Communicator(Collectives):
             buffer.numpy()[:] = ...                  # or buffer.tensor()
             comm.allreduce_(buffer)                  # no message is sent within a node
 
-        The memory is given back some time after the array, and all that was made from it, is gone on all ranks.
+        Operations of this communicator and its duplicates take it from where it lies, if all ranks pass the same one;
+        that ranks pass different ones is an error. To any other communicator it is an ordinary array. The memory is
+        given back some time after the array, and all that was made from it, is gone on all ranks.
         Where a node has no shared memory left, a warning says so and the array is private on all ranks: everything
         works, more slowly.
 
         Args:
             shape: Same on every rank.
             dtype: Name, NumPy dtype or torch dtype; same on every rank.
+
+        Raises:
+            ValueError, TypeError: Bad argument, on the rank that brought it.
+            CollectiveMismatchError: Ranks brought different things, or bad ones; on all others.
+            MemoryError: No memory at all, on the rank that has none; `CollectiveError` on the others.
         """
+        self._run(plan_allocation, shape, dtype)
         self._reclaimer.reclaim()
-        return self._context.allocate((shape,) if isinstance(shape, int) else tuple(shape), as_dtype(dtype))
+        return allocate(self._context, shape, dtype)
 
     # Plans
 
@@ -333,11 +317,13 @@ class Communicator(Collectives):
         Every rank must call, with the same settings; those of this communicator if not given.
         """
         self._reclaimer.reclaim()
-        return self._related(self.transport.duplicate(), settings or self.settings)
+        return self._related(self.transport.duplicate(), settings or self.settings, is_duplicate=True)
 
-    def _related(self, transport: Transport, settings: Settings) -> Communicator:
+    def _related(self, transport: Transport, settings: Settings, *, is_duplicate: bool = False) -> Communicator:
         table = self._context.choice.table
         made = Communicator(transport, settings=settings, engine=self.engine, table=table)
+        if is_duplicate:
+            made._context.sharers = self._context.sharers
         self._reclaimer.register(made, made._context.free)
         if transport.native is not None:
             watch_exit(made)

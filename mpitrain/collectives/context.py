@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import math
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,13 +24,10 @@ from mpitrain.collectives.selection import DIRECT, HIERARCHICAL, Available, choo
 from mpitrain.collectives.table import Shape, Table
 from mpitrain.comm import Request, Topology, Transport
 from mpitrain.config import Settings
-from mpitrain.errors import UnavailableError
 from mpitrain.memory import DType, ReduceOp, ScratchPool, SharedArray, check_op, parse_op
 from mpitrain.schedules import find_algorithm
 
 __all__ = ["CallOrder", "Context"]
-
-_log = logging.getLogger("mpitrain")
 
 
 class CallOrder:
@@ -80,6 +75,8 @@ class Context:
         self.size = transport.size
         self.scratch = ScratchPool()
         self._is_freed = False
+        # Stands for these ranks in this order; communicators that are duplicates have it in common.
+        self.sharers = object()
         # Of what hangs on the communicator.
         self.reclaimer = Reclaimer(transport)
         # MPI matches the library's own collectives by the order in which they start.
@@ -142,22 +139,13 @@ class Context:
             trace=call.trace,
         )
 
-    def allocate(self, shape: tuple[int, ...], dtype: DType) -> SharedArray:
-        """Allocate an array of zeros, shared on all nodes or private on all ranks; every rank must call."""
-        count = math.prod(shape)
-        if self.node is None:
-            return SharedArray.private(dtype, shape)
-        try:
-            # A window of no bytes is not to be had.
-            block, problem = self.node.allocate(max(1, count * dtype.itemsize)), ""
-        except UnavailableError as error:
-            block, problem = None, str(error)
-        problems = [text for text in self.transport.gather_everywhere(problem) if text]
-        if not problems and block is not None:
-            return SharedArray(dtype, shape, block.typed(dtype.storage, 0, count), self.node.rank, block)
-        if self.rank == 0:
-            _log.warning("%s; going on with private memory and messages, which is slower", problems[0])
-        return SharedArray.private(dtype, shape)
+    def place_of(self, array: Any) -> str:
+        """Return where a shared array lies, to be compared in descriptions; nothing for any other array."""
+        return f" in {array.place}" if self.shares(array) else ""
+
+    def shares(self, array: Any) -> bool:
+        """Whether an array lies in memory that exactly the ranks of this communicator share, in their order."""
+        return isinstance(array, SharedArray) and array.place is not None and array.place.sharers is self.sharers
 
     @property
     def flag_users(self) -> FlagUsers:

@@ -117,11 +117,14 @@ class QuickCalls:
 
     def find(self, array: Any, op: Any, algorithm: str, *, in_place: bool) -> tuple[QuickAllreduce | None, Any]:
         """Return how to reduce `array`, and a flat view of it; None where it has to go the general way."""
+        kind: Any = type(array)
+        if kind is SharedArray:
+            kind = array.place
         try:
-            quick = self._known[type(array), array.dtype, array.shape, op, algorithm, in_place]
+            quick = self._known[kind, array.dtype, array.shape, op, algorithm, in_place]
         except (AttributeError, KeyError, TypeError):
             return None, array
-        host = array if type(array) is np.ndarray else array.flat if type(array) is SharedArray else _host(array)
+        host = array if kind is np.ndarray else array.flat if type(array) is SharedArray else _host(array)
         # Contiguous, aligned and writable; what is not gets its error, or its copy, on the general way.
         if host is None or not host.flags.carray:
             return None, array
@@ -129,11 +132,15 @@ class QuickCalls:
 
     def remember(self, array: Any, op: Any, algorithm: str, quick: QuickAllreduce, *, in_place: bool) -> None:
         """Find it from now on, if the kind of array is one that can be looked at quickly."""
-        if type(array) not in (np.ndarray, SharedArray) and _host(array) is None:
+        kind: Any = type(array)
+        if kind is SharedArray:
+            # Other ranks may pass another one of the same shape, which they must not.
+            kind = array.place
+        elif kind is not np.ndarray and _host(array) is None:
             return
         if len(self._known) >= _MOST_SIGNATURES:
             self._known.clear()
-        self._known[type(array), array.dtype, array.shape, op, algorithm, in_place] = quick
+        self._known[kind, array.dtype, array.shape, op, algorithm, in_place] = quick
 
 
 def _host(array: Any) -> NDArray[Any] | None:

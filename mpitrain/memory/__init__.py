@@ -17,12 +17,20 @@ from mpitrain.memory.reduction import (
     scale,
 )
 from mpitrain.memory.scratch import ScratchPool
-from mpitrain.memory.shared import SharedArray, SharedBlock, allocate_mapped, free_shared_nbytes, total_shared_nbytes
+from mpitrain.memory.shared import (
+    Place,
+    SharedArray,
+    SharedBlock,
+    allocate_mapped,
+    free_shared_nbytes,
+    total_shared_nbytes,
+)
 
 __all__ = [
     "DTYPES",
     "DType",
     "FlatArray",
+    "Place",
     "ReduceOp",
     "ScratchPool",
     "SharedArray",

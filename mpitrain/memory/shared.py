@@ -7,24 +7,28 @@ of MPI are freed by all ranks together, and those that are left over may keep MP
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 import os
 import pathlib
 import tempfile
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpitrain.memory.dtypes import DType
 
-__all__ = ["SharedArray", "SharedBlock", "allocate_mapped", "free_shared_nbytes", "total_shared_nbytes"]
+__all__ = ["Place", "SharedArray", "SharedBlock", "allocate_mapped", "free_shared_nbytes", "total_shared_nbytes"]
 
 # Blocks begin on pages of their own, so that each can lie in memory close to its owner.
 _PAGE_NBYTES = 4096
 _FOLDER = "/dev/shm"  # noqa: S108  (where Linux keeps shared memory)
+
+
+_serials = itertools.count(1)
 
 
 class SharedBlock:
@@ -33,16 +37,38 @@ class SharedBlock:
     Args:
         views: Each rank's block as bytes, by rank on the node.
         fence: Full memory barrier: what this rank has written before is seen by whoever sees what it writes after.
+
+    Attributes:
+        serial: Number among the blocks of this process; other ranks have other numbers for it.
     """
 
     def __init__(self, views: Sequence[NDArray[np.uint8]], fence: Callable[[], None]) -> None:
         self.views = list(views)
         self.fence = fence
+        self.serial = next(_serials)
 
     def typed(self, storage: np.dtype[Any], offset_nbytes: int, count: int) -> list[NDArray[Any]]:
         """Return the same part of every rank's block as arrays of `count` elements."""
         end = offset_nbytes + count * storage.itemsize
         return [view[offset_nbytes:end].view(storage) for view in self.views]
+
+
+class Place(NamedTuple):
+    """Where a shared array lies; equal where it is the same array, and only there.
+
+    Attributes:
+        sharers: Stands for the ranks that share it, in their order.
+        number: Of the memory; the same on all of these ranks.
+        offset_nbytes: From where on.
+    """
+
+    sharers: object
+    number: int
+    offset_nbytes: int
+
+    def __str__(self) -> str:
+        """Return it as messages write it."""
+        return f"array {self.number} from byte {self.offset_nbytes}"
 
 
 class SharedArray:
@@ -53,7 +79,7 @@ class SharedArray:
         shape: Same on every rank.
         everybodys: The arrays of all ranks of the node, flat, by rank on the node; only this rank's if it is private.
         index: This rank's place among them.
-        block: What they lie in; None if the array is private.
+        place: Where they lie; None if the array is private.
     """
 
     def __init__(
@@ -62,13 +88,13 @@ class SharedArray:
         shape: tuple[int, ...],
         everybodys: list[NDArray[Any]],
         index: int,
-        block: SharedBlock | None,
+        place: Place | None,
     ) -> None:
         self.dtype = dtype
         self.shape = shape
         self.everybodys = everybodys
         self._index = index
-        self.block = block
+        self.place = place
 
     @classmethod
     def private(cls, dtype: DType, shape: tuple[int, ...]) -> SharedArray:
@@ -78,7 +104,7 @@ class SharedArray:
     @property
     def is_shared(self) -> bool:
         """Whether the other ranks of the node map it."""
-        return self.block is not None
+        return self.place is not None
 
     @property
     def flat(self) -> NDArray[Any]:
@@ -95,7 +121,8 @@ class SharedArray:
         """
         end = offset_nbytes + count * dtype.itemsize
         parts = [flat.view(np.uint8)[offset_nbytes:end].view(dtype.storage) for flat in self.everybodys]
-        return SharedArray(dtype, (count,), parts, self._index, self.block)
+        place = self.place and self.place._replace(offset_nbytes=self.place.offset_nbytes + offset_nbytes)
+        return SharedArray(dtype, (count,), parts, self._index, place)
 
     def numpy(self) -> NDArray[Any]:
         """Return this rank's array.

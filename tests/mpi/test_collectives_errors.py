@@ -47,7 +47,7 @@ def unchecked(comm, **settings):
 
 def call(comm, form, array, **options):
     answer = getattr(comm, form)(array, **options)
-    return answer.wait(20) if form.endswith("async") else answer
+    return answer.wait(20) if "async" in form else answer
 
 
 @pytest.mark.parametrize("form", ["allreduce", "allreduce_async"])
@@ -161,3 +161,23 @@ def test_nothing_is_sent_after_mpi_has_ended(doomed, monkeypatch):
     doomed.leave("has finished")
     monkeypatch.undo()
     doomed.barrier()
+
+
+@pytest.mark.parametrize("form", ["allreduce_", "allreduce_async_"])
+@pytest.mark.parametrize("count", [3, 100_000])
+def test_different_shared_arrays_are_an_error_on_every_rank(comm, count, form):
+    first, second = (comm.allocate(count, "float32") for _ in range(2))
+    for _ in range(2):
+        with pytest.raises(CollectiveMismatchError, match=" in array "):
+            call(comm, form, second if comm.rank == 0 else first)
+        first.flat[:] = comm.rank + 1
+        call(comm, form, first)
+        assert set(first.flat.tolist()) == {comm.size * (comm.size + 1) / 2}
+
+
+def test_bad_arguments_of_one_rank_for_an_allocation_are_an_error_on_every_rank(comm):
+    with pytest.raises(TypeError if comm.rank == 0 else CollectiveMismatchError):
+        comm.allocate(5, "float31" if comm.rank == 0 else "float32")
+    with pytest.raises(CollectiveMismatchError, match="allocation of float32"):
+        comm.allocate(5 + comm.rank, "float32")
+    assert comm.allocate(5, "float32").shape == (5,)
