@@ -52,8 +52,9 @@ class Communicator(ObjectCollectives):
         handle.wait()                                  # array now holds the average
 
     The meaning is MPI's: all ranks call the same operations in the same order, and a call matches the
-    call of the same place on the others. Names that end in `_` work in place; `_async` forms return a
-    `Handle`. Arrays must be contiguous, and one that is used by an operation in flight must be left alone.
+    call of the same place on the others, if all wait in it or none does. Names that end in `_` work in
+    place; `_async` forms return a `Handle`. Arrays must be contiguous, and one that is used by an
+    operation in flight must be left alone.
 
     A communicator owns duplicates of what it was made from, so its messages meet no others. Making,
     splitting and freeing one are collective: every rank must call.
@@ -230,7 +231,7 @@ class Communicator(ObjectCollectives):
         """Return the guarded task of one call; taking its number here keeps calls in order on all ranks."""
         self._watch.check(self._calls.number)
         context = self._context
-        agrees_natively = check and blocking and context.meeting is None
+        agrees_natively = check and context.meeting is None
         starts_native = context.has_native and (plan.uses_native or agrees_natively)
         with self._calls.lock:
             index = self._calls.begin()
@@ -240,6 +241,8 @@ class Communicator(ObjectCollectives):
             staging_ticket = context.staging_order.take_ticket() if plan.uses_staging else -1
             if plan.uses_flags:
                 context.flag_users.enter(index)
+            if not blocking and context.meeting is not None:
+                context.meeting.pass_by()
         call = self.call_of(index)._replace(blocking=blocking, ticket=ticket, staging_ticket=staging_ticket)
         return self._task(plan, call, index, check=check)
 
@@ -248,7 +251,7 @@ class Communicator(ObjectCollectives):
             call = call._replace(trace=recorder.operation(plan.description))
         try:
             if (check and self.size > 1) or plan.bring is not None:
-                agreement = agree(self._context, plan.description, call, plan.bring)
+                agreement = agree(self._context, plan.description, call, plan.bring, keep_turn=plan.uses_native)
                 if disagreement := (yield from self._watch.guard(agreement, plan.description, index)):
                     # All ranks know and nothing was started, so the communicator stays usable.
                     raise CollectiveMismatchError(disagreement)

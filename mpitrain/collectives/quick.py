@@ -7,7 +7,6 @@ less ado; a rank may go either way without the others noticing.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -102,7 +101,7 @@ class QuickAllreduce:
             recorder.add("allreduce", began_ns, time.monotonic_ns(), self._description)
 
     def _wait(self, index: int) -> None:
-        self._caller.drive(_until(self._meeting.is_complete), self._description, index)
+        self._caller.drive(self._meeting.wait(), self._description, index)
         if not self._meeting.agrees():
             call = self._caller.call_of(index)
             message = self._caller.drive(explain(self._context, self._description, call), self._description, index)
@@ -152,8 +151,3 @@ def _host(array: Any) -> NDArray[Any] | None:
         return array.detach().numpy()  # type: ignore[no-any-return]
     except (RuntimeError, TypeError):
         return None
-
-
-def _until(is_so: Callable[[], bool]) -> Task[None]:
-    while not is_so():
-        yield False

@@ -11,6 +11,7 @@ from mpi4py import MPI
 from mpitrain.collectives import Communicator
 from mpitrain.config import Settings
 from mpitrain.errors import (
+    CollectiveError,
     CollectiveMismatchError,
     CommError,
     CommRevokedError,
@@ -161,6 +162,23 @@ def test_nothing_is_sent_after_mpi_has_ended(doomed, monkeypatch):
     doomed.leave("has finished")
     monkeypatch.undo()
     doomed.barrier()
+
+
+@pytest.mark.parametrize("shared_memory", [True, False])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_blocking_and_asynchronous_forms_do_not_meet(doomed, algorithm, shared_memory):
+    comm = doomed.duplicate(doomed.settings.replace(shared_memory=shared_memory))
+    for form in ("allreduce", "allreduce_async", "allreduce"):
+        assert call(comm, form, np.ones(5), algorithm=algorithm).tolist() == [comm.size] * 5
+    form = "allreduce_async" if comm.rank == 0 else "allreduce"
+    error = outcome(lambda: call(comm, form, np.ones(5), algorithm=algorithm))
+    assert isinstance(error, CollectiveMismatchError if not shared_memory else CollectiveError), error
+    assert "asynchronous" in str(error)
+    if not shared_memory:
+        # Nothing was started.
+        handles = [comm.allreduce_async(np.full(5, turn), algorithm=algorithm) for turn in range(20)]
+        assert comm.allreduce(np.ones(5), algorithm=algorithm).tolist() == [comm.size] * 5
+        assert [float(handle.wait(20)[0]) for handle in handles] == [turn * comm.size for turn in range(20)]
 
 
 @pytest.mark.parametrize("form", ["allreduce_", "allreduce_async_"])
