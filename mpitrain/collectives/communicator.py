@@ -249,21 +249,26 @@ class Communicator(ObjectCollectives):
     def _task(self, plan: Plan[Result], call: Call, index: int, *, check: bool) -> Task[Result]:
         if (recorder := self.engine.recorder) is not None:
             call = call._replace(trace=recorder.operation(plan.description))
+        is_over = False
         try:
             if (check and self.size > 1) or plan.bring is not None:
                 agreement = agree(self._context, plan.description, call, plan.bring, keep_turn=plan.uses_native)
                 if disagreement := (yield from self._watch.guard(agreement, plan.description, index)):
                     # All ranks know and nothing was started, so the communicator stays usable.
+                    is_over = True
                     raise CollectiveMismatchError(disagreement)
             if plan.uses_flags:
                 yield from self._watch.guard(self._context.flag_users.turn(index), plan.description, index)
             task = plan.task(call) if call.trace is None else call.trace.watch(plan.task(call))
-            return (yield from self._watch.guard(task, plan.description, index))
+            result = yield from self._watch.guard(task, plan.description, index)
+            is_over = True
+            return result
         finally:
             if call.trace is not None:
                 call.trace.end()
             self._calls.end(index)
-            if call.ticket >= 0:
+            # Of what has failed half way, no later one takes the turn: the others would take it for this one.
+            if call.ticket >= 0 and is_over:
                 self._context.native_order.give_back(call.ticket)
             if call.staging_ticket >= 0:
                 self._context.staging_order.give_back(call.staging_ticket)
@@ -346,8 +351,11 @@ class Communicator(ObjectCollectives):
         self._reclaimer.reclaim()
 
     def revoke(self, reason: str) -> None:
-        """Give the communicator up: operations of all ranks on it raise `CommRevokedError`."""
-        self._watch.revoke(reason)
+        """Give the communicator up: operations of all ranks on it raise `CommRevokedError`.
+
+        But for those that this rank has completed, where others are still busy with them.
+        """
+        self._watch.give_up(reason, self._calls.number)
 
     def before_leaving(self, function: Callable[[str], None]) -> None:
         """Have `function(reason)` called when this rank leaves: a bound method, which is held weakly."""

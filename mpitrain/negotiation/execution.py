@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpitrain.collectives import Communicator, Handle, Task
-from mpitrain.memory import FlatArray, allocate_like, flat_view
+from mpitrain.memory import FlatArray, allocate_like, copy_of, flat_view
 from mpitrain.negotiation.announcement import Announcement, Decision
 from mpitrain.negotiation.groups import all_results, run_allgather, run_reduce_scatter
 from mpitrain.negotiation.scaling import check_reduction, op_to_run, scale_input, scale_result
 from mpitrain.observe import OperationTrace, Recorder
 
-__all__ = ["Entry", "Results", "run_decision"]
+__all__ = ["Entry", "Results", "contiguous", "run_decision"]
 
 Results: TypeAlias = list[Any]
 
@@ -55,6 +55,12 @@ class Entry:
             self.trace.enter(phase)
             if not phase:
                 self.trace.end()
+
+
+def contiguous(array: Any) -> Any:
+    """Return the array, or a copy if it is not contiguous."""
+    is_contiguous = array.is_contiguous() if hasattr(array, "is_contiguous") else array.flags.c_contiguous
+    return array if is_contiguous else copy_of(array)
 
 
 def run_decision(comm: Communicator, decision: Decision, entries: Sequence[Entry]) -> Task[list[Results]]:

@@ -17,10 +17,10 @@ from typing import Any
 
 from mpitrain.collectives import Communicator, Handle, Task
 from mpitrain.errors import CommError
-from mpitrain.memory import DTYPES, copy_of, flat_view
+from mpitrain.memory import DTYPES, flat_view
 from mpitrain.negotiation.announcement import Announcement, Decision, Tensor
 from mpitrain.negotiation.coordinator import Coordinator
-from mpitrain.negotiation.execution import Entry, Results, run_decision
+from mpitrain.negotiation.execution import Entry, Results, contiguous, run_decision
 from mpitrain.negotiation.failures import as_collective_error, error_of, error_of_closing
 from mpitrain.negotiation.joining import JOIN, STEP, Steps, neutral_announcement, neutral_arrays
 from mpitrain.negotiation.refusals import Refusals
@@ -111,13 +111,18 @@ class Negotiator:
             ValueError, TypeError: An array that cannot be communicated.
         """
         if not in_place:
-            arrays = [_contiguous(array) for array in arrays]
+            arrays = [contiguous(array) for array in arrays]
         views = [flat_view(array, name=name, writable=in_place) for array in arrays]
         tensors = tuple(Tensor(view.dtype.name, tuple(view.shape)) for view in views)
         if collective == "allgather":
             tensors = tuple(Tensor(tensor.dtype, tensor.shape or (1,)) for tensor in tensors)
         announcement = Announcement(name, collective, tensors, op, root, prescale, postscale, tuple(splits))
         return self._enter(announcement, list(arrays), in_place=in_place)
+
+    def await_name(self, name: str) -> None:
+        """Return when no operation of this name is in flight here."""
+        if name in self._names:
+            self.comm.engine.wait_until(lambda: name not in self._names, name)
 
     def refuse(self, name: str, collective: str, problem: str) -> None:
         """Say that this rank cannot take part in an operation that others may start; they get an error.
@@ -392,8 +397,3 @@ class Negotiator:
         for entry in entries:
             self._fail([entry], error_of_closing(entry.announcement.name, closing))
         return is_first
-
-
-def _contiguous(array: Any) -> Any:
-    is_contiguous = array.is_contiguous() if hasattr(array, "is_contiguous") else array.flags.c_contiguous
-    return array if is_contiguous else copy_of(array)

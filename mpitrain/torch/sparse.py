@@ -14,7 +14,7 @@ from mpitrain.torch.reductions import Average, Sum
 from mpitrain.torch.starting import Operation
 from mpitrain.torch.world import ProcessSet, global_process_set
 
-__all__ = ["sparse_allreduce_async"]
+__all__ = ["sparse_allreduce_async", "start_sparse_allreduce"]
 
 Tensor = torch.Tensor
 
@@ -40,20 +40,22 @@ def sparse_allreduce_async(
             different things, or could not exchange messages; on every rank.
     """
     with Operation("allgather", name, process_set) as operation:
-        reduction = parse_op(op)
-        if reduction not in (Average, Sum):
-            raise ValueError(f"sparse_allreduce_async: op must be Average or Sum, got {reduction.name.lower()}")
-        if tensor.layout is not torch.sparse_coo:
-            raise ValueError(
-                f"sparse_allreduce_async: must be in coordinate format, got layout {tensor.layout}; "
-                "pass tensor.to_sparse()"
-            )
-        shape = torch.tensor([[*tensor.shape, tensor.sparse_dim()]])
-        parts = [tensor._indices().T, tensor._values(), shape]  # noqa: SLF001  (the public ones want a coalesced tensor)
-        # What is gathered has no reduction, but it must be the same on all ranks.
-        handle = operation.start(parts, gathered_tensors, op=reduction.name.lower())
-    size = process_set.size()
-    assert size is not None
+        return start_sparse_allreduce(operation, tensor, parse_op(op))
+
+
+def start_sparse_allreduce(operation: Operation, tensor: Tensor, reduction: ReduceOp) -> Callable[[], Tensor]:
+    """Start it as an all-gather; see `sparse_allreduce_async`."""
+    if reduction not in (Average, Sum):
+        raise ValueError(f"sparse_allreduce_async: op must be Average or Sum, got {reduction.name.lower()}")
+    if tensor.layout is not torch.sparse_coo:
+        raise ValueError(
+            f"sparse_allreduce_async: must be in coordinate format, got layout {tensor.layout}; pass tensor.to_sparse()"
+        )
+    shape = torch.tensor([[*tensor.shape, tensor.sparse_dim()]])
+    parts = [tensor._indices().T, tensor._values(), shape]  # noqa: SLF001  (the public ones want a coalesced tensor)
+    # What is gathered has no reduction, but it must be the same on all ranks.
+    handle = operation.start(parts, gathered_tensors, op=reduction.name.lower())
+    size = operation.negotiator.comm.size
 
     def wait() -> Tensor:
         indices, values, shapes = synchronize(handle)

@@ -67,7 +67,11 @@ class Operation:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if error is not None and not self._is_announced:
-            self.negotiator.refuse(self.name, self.collective, f"{type(error).__name__}: {error}")
+            self.refuse(error)
+
+    def refuse(self, error: BaseException) -> None:
+        """Let the other ranks know that this one cannot take part, and why."""
+        self.negotiator.refuse(self.name, self.collective, f"{type(error).__name__}: {error}")
 
     def start(
         self,

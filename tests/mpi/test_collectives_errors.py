@@ -164,6 +164,24 @@ def test_nothing_is_sent_after_mpi_has_ended(doomed, monkeypatch):
     doomed.barrier()
 
 
+def test_what_has_failed_on_one_rank_is_not_made_of_what_comes_after_it(doomed):
+    # Started while the last rank is late, so that the first one fails with others waiting for its turn.
+    comm = doomed.duplicate(doomed.settings.replace(shared_memory=False))
+    if comm.rank == comm.size - 1:
+        time.sleep(0.1)
+    handles = [comm.allreduce_async_(np.full(2, turn), algorithm="native") for turn in range(3)]
+    if comm.rank == 0:
+        # The comparison of descriptions is under way by now, and is what MPI calls first.
+        comm.transport.native.allreduce = failing_native
+    errors = [outcome(lambda: handle.wait(20)) for handle in handles]  # noqa: B023
+    assert all(isinstance(error, CommError) for error in errors), errors
+    assert all("no room" in str(error) for error in errors)
+
+
+def failing_native(*_arguments, **_options):
+    raise CommError("no room")
+
+
 @pytest.mark.parametrize("shared_memory", [True, False])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_blocking_and_asynchronous_forms_do_not_meet(doomed, algorithm, shared_memory):
