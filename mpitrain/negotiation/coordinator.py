@@ -10,7 +10,7 @@ import math
 
 from mpitrain.negotiation.agreement import find_mismatch
 from mpitrain.negotiation.announcement import Announcement, Decision
-from mpitrain.negotiation.joining import JOIN, find_absence_problem
+from mpitrain.negotiation.joining import JOIN, STEP_END, find_absence_problem
 
 __all__ = ["Coordinator"]
 
@@ -43,7 +43,7 @@ class Coordinator:
         self._is_untold = False
 
     def announce(self, rank: int, announcement: Announcement, now_s: float) -> None:
-        """Note that a rank is ready for an operation, or has joined."""
+        """Note that a rank is ready for an operation, or has joined, or takes back a step that has ended."""
         if announcement.collective == JOIN:
             self._joined.append(rank)
             self._is_untold = True
@@ -53,10 +53,21 @@ class Coordinator:
                 if name not in self._complete and self._is_complete(pending)
             ]
             return
+        if announcement.collective == STEP_END:
+            self._take_back(rank, announcement.name)
+            return
         pending = self._pending.setdefault(announcement.name, _Pending(now_s))
         pending.announcements[rank] = announcement
         if self._is_complete(pending):
             self._complete.append(announcement.name)
+
+    def _take_back(self, rank: int, name: str) -> None:
+        pending = self._pending.get(name)
+        # What is complete is decided all the same, which does no harm.
+        if pending is not None and name not in self._complete:
+            pending.announcements.pop(rank, None)
+            if not pending.announcements:
+                del self._pending[name]
 
     def leave(self, rank: int, reason: str) -> None:
         """Note that a rank takes part in nothing any more."""

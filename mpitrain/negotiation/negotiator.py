@@ -8,7 +8,6 @@ for as long as an operation of this rank is undecided. A rank with none sends an
 from __future__ import annotations
 
 import contextlib
-import itertools
 import pickle
 import threading
 import time
@@ -20,9 +19,9 @@ from mpitrain.errors import CommError
 from mpitrain.memory import DTYPES, flat_view
 from mpitrain.negotiation.announcement import Announcement, Decision, Tensor
 from mpitrain.negotiation.coordinator import Coordinator
-from mpitrain.negotiation.execution import Entry, Results, contiguous, run_decision
+from mpitrain.negotiation.execution import Entry, Results, contiguous, neutral_entries, run_decision
 from mpitrain.negotiation.failures import as_collective_error, error_of, error_of_closing
-from mpitrain.negotiation.joining import JOIN, STEP, Steps, neutral_announcement, neutral_arrays
+from mpitrain.negotiation.joining import JOIN, STEP, STEP_END, Steps, UnnamedOperations
 from mpitrain.negotiation.refusals import Refusals
 from mpitrain.negotiation.stalls import StallWatch
 
@@ -63,12 +62,11 @@ class Negotiator:
         self._is_serving = False
         self._closing: Decision | None = None
         self._own_announcements: list[Announcement] = []
-        self._unnamed = itertools.count()
-        # How often all ranks have joined; and what hears of steps for as long as this rank has joined.
-        self._num_joins = 0
+        self._unnamed = UnnamedOperations()
+        # What hears of steps for as long as this rank has joined.
         self._stand_in: Callable[[Callable[[], None]], None] | None = None
         self._stalls = StallWatch(comm.settings, comm.rank, comm.size)
-        self.steps = Steps(self._start_step)
+        self.steps = Steps(self._start_step, self._end_step)
         comm.before_leaving(self.leave)
         # A rank that waits for something else, or for nothing, learns of those that have joined; rank 0 also of those
         # that wait for a named operation which it has not started.
@@ -153,6 +151,14 @@ class Negotiator:
     def _start_step(self, name: str) -> None:
         self._enter(Announcement(name, STEP), [], in_place=False)
 
+    def _end_step(self, name: str) -> None:
+        with self._lock:
+            entry = self._undecided.pop(name, None)
+        if entry is not None:
+            self._forget([entry])
+            with contextlib.suppress(CommError), self._lock:
+                self._announce(Announcement(name, STEP_END))
+
     def _enter(self, announcement: Announcement, arrays: list[Any], *, in_place: bool) -> Handle[Results]:
         name, collective = announcement.name, announcement.collective
         handle = self.comm.engine.promise(f"{collective} {name}")
@@ -187,12 +193,8 @@ class Negotiator:
             self._undecided[entry.announcement.name] = entry
 
     def next_name(self) -> str:
-        """Return a name for an operation that the caller has not named.
-
-        Ranks match such operations by how many they have started since all had joined, so all must start them in the
-        same order.
-        """
-        return f"noname.{self._num_joins}.{next(self._unnamed)}"
+        """Return a name for an operation that the caller has not named; see `UnnamedOperations`."""
+        return self._unnamed.next_name()
 
     def attend(self) -> None:
         """Look for what other ranks have said, though this one may have started nothing."""
@@ -348,9 +350,7 @@ class Negotiator:
         if first.collective == STEP:
             stand_in(self.steps.stand_in_of(first.name))
             return []
-        now_s = time.monotonic()
-        absent = [neutral_announcement(announcement) for announcement in decision.announced]
-        return [Entry(each, neutral_arrays(each), True, self.comm.engine.promise(each.name), now_s) for each in absent]
+        return neutral_entries(decision, self.comm.engine)
 
     def _take(self, name: str) -> Entry | None:
         was_refused, following = self._refusals.decided(name)
@@ -361,8 +361,7 @@ class Negotiator:
     def _end_join(self) -> None:
         self.steps.note_absent(())
         with self._lock:
-            self._num_joins += 1
-            self._unnamed = itertools.count()
+            self._unnamed.begin_anew()
             self._stand_in = None
 
     def _finish(self, task: Task[list[Results]], entries: list[Entry]) -> Task[None]:

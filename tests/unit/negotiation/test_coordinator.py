@@ -295,3 +295,18 @@ def test_ranks_that_join_at_any_time_and_start_in_any_order_complete_everything(
         for name, absent in decided:
             assert set(absent) == {rank for rank in range(size) if name not in has[rank]}, epoch
         decided = []
+
+
+def test_a_step_that_has_ended_is_not_waited_for() -> None:
+    step, end = Announcement("step.0.1", "step"), Announcement("step.0.1", "end of step")
+    coordinator = make(3)
+    coordinator.announce(2, Announcement("join", "join"), 0.0)
+    coordinator.announce(1, step, 0.0)
+    assert [decision.absent for decision in coordinator.decide()] == [(2,)]
+    coordinator.announce(1, end, 0.1)
+    assert coordinator.overdue(1.0, 5.0) == coordinator.stalled(1.0, 5.0) == []
+    # What all had announced before is decided, and whoever has joined knows that it has made that step.
+    coordinator.announce(0, step, 6.0)
+    coordinator.announce(1, step, 6.0)
+    coordinator.announce(1, end, 6.0)
+    assert [decision.names for decision in coordinator.decide()] == [("step.0.1",)]
