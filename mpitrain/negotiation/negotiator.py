@@ -23,7 +23,7 @@ from mpitrain.negotiation.execution import Entry, Results, contiguous, neutral_e
 from mpitrain.negotiation.failures import as_collective_error, error_of, error_of_closing
 from mpitrain.negotiation.joining import JOIN, STEP, STEP_END, Steps, UnnamedOperations
 from mpitrain.negotiation.refusals import Refusals
-from mpitrain.negotiation.stalls import StallWatch
+from mpitrain.negotiation.stalls import StallWatch, Waiting
 
 __all__ = ["Negotiator"]
 
@@ -276,7 +276,7 @@ class Negotiator:
         if own or notices:
             # More may be on the way: what becomes ready together is fused.
             return True
-        decisions = self._coordinator.decide() + self._stalls.inspect(self._coordinator, now_s)
+        decisions = self._coordinator.decide() + self._stalls.inspect(self._coordinator, self._waiting, now_s)
         if decisions:
             self._broadcast(decisions)
             if self.comm.engine.recorder is not None:
@@ -288,14 +288,15 @@ class Negotiator:
         notices = self._control.notices()
         for _, data in notices:
             self._carry_out(pickle.loads(data))
-        if not notices:
-            with self._lock:
-                undecided = [(name, entry.since_s) for name, entry in self._undecided.items() if name != JOIN]
-            reason = self._stalls.inspect_alone(undecided, time.monotonic())
-            if reason:
-                self._tell_of_leaving(f"has given up: {reason}")
-                self._give_up(Decision((), reason=self._stalls.reason, closed=reason))
+        if not notices and (reason := self._stalls.inspect_alone(self._waiting, time.monotonic())):
+            self._tell_of_leaving(f"has given up: {reason}")
+            self._give_up(Decision((), reason=self._stalls.reason, closed=reason))
         return bool(notices)
+
+    def _waiting(self) -> Waiting:
+        with self._lock:
+            undecided = [(name, entry.since_s) for name, entry in self._undecided.items() if name != JOIN]
+            return Waiting(undecided, [(each.announcement.name, each.since_s) for each in self._refusals.waiting()])
 
     def _give_up(self, closing: Decision) -> None:
         self._close(closing)
