@@ -218,13 +218,15 @@ class Communicator(ObjectCollectives):
         self._watch.check(self._calls.number)
         try:
             return make_plan(self._context, *arguments, **options)
-        except Exception as error:
-            if self.settings.check:
+        except BaseException as error:
+            text = f"cannot call: {type(error).__name__}: {error}"
+            if self.settings.check and isinstance(error, Exception):
                 # The others may have brought good arguments and be waiting: tell them, then raise. In their
                 # form, as blocking and asynchronous calls compare what they bring in different ways.
-                description = f"bad argument: {type(error).__name__}: {error}"
                 with contextlib.suppress(CollectiveMismatchError):
-                    self.engine.drive(self._call(empty_plan(description), blocking=blocking, check=True))
+                    self.engine.drive(self._call(empty_plan(text), blocking=blocking, check=True))
+            elif not isinstance(error, (ValueError, TypeError)):
+                self.revoke(text)  # no argument, which all ranks may have in common
             raise
 
     def _call(self, plan: Plan[Result], *, blocking: bool, check: bool) -> Task[Result]:
@@ -303,7 +305,11 @@ class Communicator(ObjectCollectives):
 
     def drive(self, task: Task[Any], description: str, index: int) -> Any:
         """Run a task of a call to its end; it raises when it cannot end."""
-        return self.engine.drive(self._watch.guard(task, description, index))
+        with self._calls.waiting(index):
+            if self._watch.leaving:
+                # Another thread has left before it could see this call wait.
+                self.give_up(self._watch.leaving, index)
+            return self.engine.drive(self._watch.guard(task, description, index))
 
     # Life cycle
 
@@ -351,10 +357,7 @@ class Communicator(ObjectCollectives):
         self._reclaimer.reclaim()
 
     def revoke(self, reason: str) -> None:
-        """Give the communicator up: operations of all ranks on it raise `CommRevokedError`.
-
-        But for those that this rank has completed, where others are still busy with them.
-        """
+        """Give the communicator up: operations that this rank has not completed raise `CommRevokedError` on all."""
         self._watch.give_up(reason, self._calls.number)
 
     def before_leaving(self, function: Callable[[str], None]) -> None:

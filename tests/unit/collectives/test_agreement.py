@@ -173,7 +173,7 @@ def test_mistake_of_one_rank_is_an_error_on_every_rank(mistake, form):
     assert type(results[1][0]) is kind
     for rank in (0, 2):
         assert type(results[rank][0]) is CollectiveMismatchError
-        assert f"ranks 1: bad argument: {kind.__name__}" in str(results[rank][0])
+        assert f"ranks 1: cannot call: {kind.__name__}" in str(results[rank][0])
     assert all(usable for _, usable in results)
 
 
