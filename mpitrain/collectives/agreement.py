@@ -23,7 +23,7 @@ from mpitrain.config import PREFIX, Settings
 from mpitrain.errors import CollectiveMismatchError
 from mpitrain.memory import ReduceOp, dtype_named
 
-__all__ = ["FALL_BACK", "agree", "check_same_settings", "digest_of", "explain"]
+__all__ = ["FALL_BACK", "agree", "check_same_settings", "digest_of", "explain", "read_settings"]
 
 _INT64 = dtype_named("int64")
 _UINT8 = dtype_named("uint8")
@@ -34,39 +34,53 @@ FALL_BACK = "some ranks' device memory goes straight to MPI, that of others does
 """What ranks agree on that mean the same collective and bring arrays of different memory."""
 
 
-def agree(context: Context, description: str, call: Call, bring: Callable[[], None] | None = None) -> Task[str]:
-    """Return the task that compares `description` over all ranks.
+def agree(
+    context: Context,
+    description: str,
+    call: Call,
+    bring: Callable[[], None] | None = None,
+    *,
+    keep_turn: bool = False,
+) -> Task[str]:
+    """Return the task that compares `description`, and the form of the call, over all ranks.
 
     Args:
         context: Of the communicator.
         description: Of the operation.
-        call: Whether it is blocking is the same on all ranks.
+        call: Of the operation.
         bring: See `Plan`.
+        keep_turn: Whether the operation itself is a collective of the MPI library.
 
     Returns:
         The same on every rank: nothing if they agree, `FALL_BACK`, or a message with a line for each description.
+
+    Raises:
+        CollectiveMismatchError: Another rank has called another form, where the ranks meet in shared memory.
     """
-    task = _agree(context, description, call, bring)
+    if not call.blocking:
+        description += ", asynchronous"
+    task = _agree(context, description, call, bring, keep_turn=keep_turn)
     return task if call.trace is None else call.trace.hold("agreement", task)
 
 
-def _agree(context: Context, description: str, call: Call, bring: Callable[[], None] | None) -> Task[str]:
+def _agree(
+    context: Context, description: str, call: Call, bring: Callable[[], None] | None, *, keep_turn: bool
+) -> Task[str]:
     digest = digest_of(description)
     if context.meeting is not None and call.blocking:
         meeting = context.meeting
         if bring is not None:
             bring()
         meeting.arrive(digest)
-        while not meeting.is_complete():
-            yield False
+        yield from meeting.wait()
         return "" if meeting.agrees() else (yield from explain(context, description, call))
     # One minimum finds both ends: the ranks agree if the smallest is also the largest.
     ends = np.array([digest, -digest], np.int64)
-    if context.has_native and call.blocking:
+    if call.ticket >= 0 and context.meeting is None:
         # Not a blocking call: only who looks up now and then learns that a rank will not come. Once all agree all
         # are there, and the collective itself, which keeps this one's turn, may block.
-        native = context.transport.native.allreduce
-        yield from context.run_native(call._replace(blocking=False), native, ends, _INT64, ReduceOp.MIN, keep_turn=True)
+        native, waited_for = context.transport.native.allreduce, call._replace(blocking=False)
+        yield from context.run_native(waited_for, native, ends, _INT64, ReduceOp.MIN, keep_turn=keep_turn)
     else:
         program = context.program("allreduce", "recursive_doubling", Layout.packed((2,)), _INT64, nbytes=16)
         yield from context.execute(program, [ends], _INT64, call, ReduceOp.MIN)
@@ -98,6 +112,24 @@ def check_same_settings(transport: Transport, settings: Settings) -> None:
                 f"{PREFIX}{name.upper()}: must be the same on every rank, got {answers[odd[0]][name]!r} on ranks "
                 f"{_ranges(odd)} and {first!r} on rank 0; have mpirun hand the environment to all hosts"
             )
+
+
+def read_settings(transport: Transport, settings: Settings | None) -> Settings:
+    """Return the settings, read from the environment if none are given. Every rank must call.
+
+    Raises:
+        ValueError: A variable with an unusable value, on the rank that has it.
+        CollectiveMismatchError: Another rank has one.
+    """
+    try:
+        settings = settings or Settings.from_environ()
+    except ValueError as error:
+        transport.gather_everywhere(str(error))
+        raise
+    for rank, problem in enumerate(transport.gather_everywhere("")):
+        if problem:
+            raise CollectiveMismatchError(f"settings: the environment of rank {rank} is unusable: {problem}")
+    return settings
 
 
 class _Brought(NamedTuple):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 __all__ = ["Calls"]
 
@@ -32,6 +34,16 @@ class Calls:
         """Note that a call has ended."""
         with self.lock:
             self.in_flight.discard(index)
+
+    @contextmanager
+    def waiting(self, index: int) -> Iterator[None]:
+        """Have a call in flight that is not in general, as it ends at once unless it has to wait."""
+        with self.lock:
+            self.in_flight.add(index)
+        try:
+            yield
+        finally:
+            self.end(index)
 
     def first_unfinished(self) -> int:
         """Return the first call in flight; the next one if there is none."""

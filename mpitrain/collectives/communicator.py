@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from mpitrain.collectives import operations
-from mpitrain.collectives.agreement import FALL_BACK, agree, check_same_settings
+from mpitrain.collectives.agreement import FALL_BACK, agree, check_same_settings, read_settings
 from mpitrain.collectives.allocation import Allocation
 from mpitrain.collectives.calls import Calls
 from mpitrain.collectives.context import Context
@@ -54,8 +54,9 @@ class Communicator(ObjectCollectives, Allocation):
         handle.wait()                                  # array now holds the average
 
     The meaning is MPI's: all ranks call the same operations in the same order, and a call matches the
-    call of the same place on the others. Names that end in `_` work in place; `_async` forms return a
-    `Handle`. Arrays must be contiguous, and one that is used by an operation in flight must be left alone.
+    call of the same place on the others, if all wait in it or none does. Names that end in `_` work in
+    place; `_async` forms return a `Handle`. Arrays must be contiguous, and one that is used by an
+    operation in flight must be left alone.
 
     A communicator owns duplicates of what it was made from, so its messages meet no others. Making,
     splitting and freeing one are collective: every rank must call.
@@ -110,7 +111,7 @@ class Communicator(ObjectCollectives, Allocation):
         from mpitrain.comm.mpi import MPITransport  # starts MPI
 
         transport = MPITransport(comm)
-        settings = settings or Settings.from_environ()
+        settings = read_settings(transport, settings)
         show_messages(settings.log_level)
         made = cls(transport, settings=settings, table=load_table(transport, settings))
         watch_exit(made)
@@ -197,13 +198,16 @@ class Communicator(ObjectCollectives, Allocation):
             if any(map(is_on_device, arguments)):
                 return self.devices.plan(make_plan, arguments, options)
             return make_plan(self._context, *arguments, **options)
-        except Exception as error:
-            if self.settings.check:
+        except BaseException as error:
+            text = f"cannot call: {type(error).__name__}: {error}"
+            if self.settings.check and isinstance(error, Exception):
                 # The others may have brought good arguments and be waiting: tell them, then raise. In their
                 # form, as blocking and asynchronous calls compare what they bring in different ways.
-                description = f"bad argument: {type(error).__name__}: {error}"
                 with contextlib.suppress(CollectiveMismatchError):
-                    self.engine.drive(self._call(empty_plan(description), blocking=blocking, check=True))
+                    self.engine.drive(self._call(empty_plan(text), blocking=blocking, check=True))
+            elif not isinstance(error, (ValueError, TypeError)):
+                # No argument, which all ranks may have in common.
+                self._watch.revoke(text, self._calls.number)
             raise
 
     def _call(self, plan: Plan[Result], *, blocking: bool, check: bool) -> Task[Result]:
@@ -212,7 +216,7 @@ class Communicator(ObjectCollectives, Allocation):
         if plan.enter is not None:
             plan.enter()
         context = self._context
-        agrees_natively = check and blocking and context.meeting is None
+        agrees_natively = check and context.meeting is None
         # A plan that falls back may need whatever there is.
         may_fall_back = plan.fallback is not None
         starts_native = context.has_native and (plan.uses_native or agrees_natively or may_fall_back)
@@ -225,32 +229,40 @@ class Communicator(ObjectCollectives, Allocation):
             staging_ticket = context.staging_order.take_ticket() if plan.uses_staging or uses_node else -1
             if plan.uses_flags or uses_node:
                 context.flag_users.enter(index)
+            if not blocking and context.meeting is not None:
+                context.meeting.pass_by()
         call = self.call_of(index)._replace(blocking=blocking, ticket=ticket, staging_ticket=staging_ticket)
         return self._task(plan, call, index, check=check)
 
     def _task(self, plan: Plan[Result], call: Call, index: int, *, check: bool) -> Task[Result]:
         if (recorder := self.engine.recorder) is not None:
             call = call._replace(trace=recorder.operation(plan.description))
+        is_over = False
         try:
             disagreement = yield from self._agree(plan, call, index, check=check)
             if disagreement == FALL_BACK:
                 self.devices.stage_from_now_on()
                 if is_empty(plan):
+                    is_over = True
                     return cast("Result", FALL_BACK)  # whoever checks makes another plan
                 plan = plan if plan.fallback is None else plan.fallback()
                 disagreement = yield from self._agree(plan, call, index, check=check)
             if disagreement:
                 # All ranks know and nothing was started, so the communicator stays usable.
+                is_over = True
                 raise CollectiveMismatchError(disagreement)
             if plan.uses_flags:
                 yield from self._watch.guard(self._context.flag_users.turn(index), plan.description, index)
             task = plan.task(call) if call.trace is None else call.trace.watch(plan.task(call))
-            return (yield from self._watch.guard(task, plan.description, index))
+            result = yield from self._watch.guard(task, plan.description, index)
+            is_over = True
+            return result
         finally:
             if call.trace is not None:
                 call.trace.end()
             self._calls.end(index)
-            if call.ticket >= 0:
+            # Of what has failed half way, no later one takes the turn: the others would take it for this one.
+            if call.ticket >= 0 and is_over:
                 self._context.native_order.give_back(call.ticket)
             if call.staging_ticket >= 0:
                 self._context.staging_order.give_back(call.staging_ticket)
@@ -263,7 +275,8 @@ class Communicator(ObjectCollectives, Allocation):
             yield from self._watch.guard(plan.prepare(), plan.description, index)
         if not (check and self.size > 1) and plan.bring is None:
             return ""
-        agreement = agree(self._context, plan.description, call, plan.bring)
+        keep_turn = plan.uses_native or plan.fallback is not None
+        agreement = agree(self._context, plan.description, call, plan.bring, keep_turn=keep_turn)
         return (yield from self._watch.guard(agreement, plan.description, index))
 
     # What calls without a plan need, see the module of that name
@@ -294,7 +307,11 @@ class Communicator(ObjectCollectives, Allocation):
 
     def drive(self, task: Task[Any], description: str, index: int) -> Any:
         """Run a task of a call to its end; it raises when it cannot end."""
-        return self.engine.drive(self._watch.guard(task, description, index))
+        with self._calls.waiting(index):
+            if self._watch.leaving:
+                # Another thread has left before it could see this call wait.
+                self.give_up(self._watch.leaving, index)
+            return self.engine.drive(self._watch.guard(task, description, index))
 
     # Life cycle
 
@@ -316,11 +333,13 @@ class Communicator(ObjectCollectives, Allocation):
         Every rank must call, with the same settings; those of this communicator if not given.
         """
         self._reclaimer.reclaim()
-        return self._related(self.transport.duplicate(), settings or self.settings)
+        return self._related(self.transport.duplicate(), settings or self.settings, is_duplicate=True)
 
-    def _related(self, transport: Transport, settings: Settings) -> Communicator:
+    def _related(self, transport: Transport, settings: Settings, *, is_duplicate: bool = False) -> Communicator:
         table = self._context.choice.table
         made = Communicator(transport, settings=settings, engine=self.engine, table=table)
+        if is_duplicate:
+            made._context.memory.sharers = self._context.memory.sharers
         self._reclaimer.register(made, made._context.free)
         if transport.native is not None:
             watch_exit(made)
@@ -340,8 +359,8 @@ class Communicator(ObjectCollectives, Allocation):
         self._reclaimer.reclaim()
 
     def revoke(self, reason: str) -> None:
-        """Give the communicator up: operations of all ranks on it raise `CommRevokedError`."""
-        self._watch.revoke(reason)
+        """Give the communicator up: operations that this rank has not completed raise `CommRevokedError` on all."""
+        self._watch.give_up(reason, self._calls.number)
 
     def before_leaving(self, function: Callable[[str], None]) -> None:
         """Have `function(reason)` called when this rank leaves: a bound method, which is held weakly."""

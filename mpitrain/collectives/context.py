@@ -29,6 +29,7 @@ from mpitrain.comm import Request, Topology, Transport
 from mpitrain.config import Settings
 from mpitrain.memory import (
     DType,
+    NodeArray,
     ReduceOp,
     ScratchPool,
     SharedArray,
@@ -170,6 +171,14 @@ class Context:
         if call.gates is not None:
             call.gates.add(result)
         return result
+
+    def place_of(self, array: Any) -> str:
+        """Return where a shared array lies, to be compared in descriptions; nothing for any other array."""
+        return f" in {array.place}" if self.shares(array) else ""
+
+    def shares(self, array: Any) -> bool:
+        """Whether an array lies in memory that exactly the ranks of this communicator share, in their order."""
+        return isinstance(array, NodeArray) and array.place is not None and array.place.sharers is self.memory.sharers
 
     @property
     def flag_users(self) -> FlagUsers:

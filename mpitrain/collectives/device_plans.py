@@ -25,7 +25,7 @@ def plan_in_device_memory(
     """
     if make_plan is operations.plan_allreduce and options.get("in_place", False):
         (array,) = arguments
-        if isinstance(array, SharedDeviceArray) and array.is_shared:
+        if isinstance(array, SharedDeviceArray) and context.shares(array):
             return _plan_direct(context, array, **options)
     return None
 
@@ -59,4 +59,5 @@ def _plan_direct(
         return array
 
     description = f"allreduce {op.name.lower()} of {array.dtype} {list(array.shape)} by {name} in device memory"
+    description += context.place_of(array)
     return Plan(description, task, uses_flags=True, nbytes=nbytes, enter=run.enter, leave=run.leave)

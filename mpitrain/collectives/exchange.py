@@ -19,7 +19,6 @@ from mpitrain.collectives.executor import Task
 from mpitrain.collectives.layout import Layout
 from mpitrain.collectives.plan import Call, Plan
 from mpitrain.collectives.reduction import Reduction
-from mpitrain.memory import SharedArray
 
 __all__ = ["Allgather", "Broadcast", "Exchange", "Reduce", "ReduceScatter", "plan_exchange"]
 
@@ -216,7 +215,7 @@ def plan_exchange(
     Args:
         context: Of the communicator.
         exchange: What is brought and taken; the same kind and sizes on every rank.
-        array: The caller's; a `SharedArray`, on every rank or on none, is taken from where it lies.
+        array: The caller's; a `SharedArray` of these ranks is taken from where it lies.
         storage: What is brought is made of.
         description: Of the operation.
         result: Returns what the plan's runs return.
@@ -230,7 +229,7 @@ def plan_exchange(
     assert meeting is not None
     brought_count = exchange.num_columns * exchange.width
     nbytes = brought_count * storage.itemsize
-    if isinstance(array, SharedArray) and array.is_shared:
+    if context.shares(array):
 
         def from_shared(call: Call) -> Task[Any]:
             node.flags.signal(_FILLED, call.number + 1)

@@ -2,6 +2,10 @@
 
 One exchange of flags in shared memory is the check that all ranks mean the same, and for small arrays the
 operation itself: whoever sees that all have come also sees what they brought.
+
+Asynchronous operations have no meeting, as nobody could wait for its turn; they agree by messages. But each rank passes
+one by where it would have been, so a rank that waits at a meeting learns of another that has not come to it and never
+will, as it has called the asynchronous form.
 """
 
 from __future__ import annotations
@@ -11,16 +15,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mpitrain.collectives.executor import Task
+from mpitrain.errors import CollectiveMismatchError
 from mpitrain.memory import SharedBlock
 
 __all__ = ["Meeting", "meeting_nbytes"]
 
 _NUM_SLOTS = 2
-# Every flag has a cache line of its own: number and digest of one meeting, then the number of one that has ended.
+# Every flag has a cache line of its own: number and digest of one meeting, the number of one that has ended; then the
+# number before which there is none that this rank has not come to yet.
 _LINE_NBYTES = 64
 _LINE = _LINE_NBYTES // 8
 _DIGEST = 1
 _ENDED = _NUM_SLOTS * _LINE
+_PASSED = 2 * _NUM_SLOTS * _LINE
 _FLAGS_NBYTES = 4096
 
 
@@ -52,6 +60,8 @@ class Meeting:
         flags = [view[offset_nbytes : offset_nbytes + _FLAGS_NBYTES].data.cast("q") for view in block.views]
         self._own = flags[rank]
         self._others = [each for index, each in enumerate(flags) if index != rank]
+        self._ranks_of_others = [index for index in range(len(flags)) if index != rank]
+        # Meetings are numbered in ascending order, with gaps: see `pass_by`.
         self._number = 0
 
     def parts(self, storage: np.dtype[Any], count: int) -> list[list[NDArray[Any]]]:
@@ -93,7 +103,7 @@ class Meeting:
         self._fence()
         own[index] = number
         for flags in self._others:
-            while flags[index] < number:
+            while flags[index] != number:
                 polls -= 1
                 if polls < 0:
                     return False
@@ -104,10 +114,38 @@ class Meeting:
         """Whether all have come; what they wrote before is then seen here."""
         index, number = self.slot * _LINE, self._number
         for flags in self._others:
-            if flags[index] < number:
+            if flags[index] != number:
                 return False
         self._fence()
         return True
+
+    def wait(self) -> Task[None]:
+        """Return the task that waits until all have come.
+
+        Raises:
+            CollectiveMismatchError: A rank never will; others may still wait for this one.
+        """
+        while not self.is_complete():
+            self._refuse_to_wait_in_vain()
+            yield False
+
+    def _refuse_to_wait_in_vain(self) -> None:
+        index, number = self.slot * _LINE, self._number
+        for rank, flags in zip(self._ranks_of_others, self._others, strict=True):
+            if flags[_PASSED] > number:
+                # In this order: who has come before passing another one by is seen to have come.
+                self._fence()
+                if flags[index] != number:
+                    raise CollectiveMismatchError(
+                        f"collective: rank {rank} has called an asynchronous form where this rank waits in a blocking "
+                        "one; call the same form on every rank"
+                    )
+
+    def pass_by(self) -> None:
+        """Note an operation without a meeting; every rank must, in its place among all."""
+        # By an even number, so that the slots go on to take turns.
+        self._number = number = self._number + _NUM_SLOTS
+        self._own[_PASSED] = number
 
     def agrees(self) -> bool:
         """Whether all brought the digest that this rank brought; for a meeting that is complete."""

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from mpitrain.collectives.device_direct import NUM_EVENTS, check_kernels
 from mpitrain.collectives.node import Node
 from mpitrain.collectives.reclaim import Reclaimer
 from mpitrain.comm import Topology, Transport
-from mpitrain.errors import UnavailableError
-from mpitrain.memory import DType, NodeArray, SharedArray, SharedDeviceArray
+from mpitrain.errors import CollectiveError, UnavailableError
+from mpitrain.memory import DType, NodeArray, Place, SharedArray, SharedDeviceArray
 from mpitrain.memory.device import allocate_mapped_device, device_of
 
 __all__ = ["NodeMemory"]
+
+Array = TypeVar("Array", bound=NodeArray)
+
+# Of the memory that this process has shared; other ranks have other numbers for it.
+_numbers = itertools.count(1)
 
 _log = logging.getLogger("mpitrain")
 
@@ -27,6 +34,9 @@ class NodeMemory:
         topology: Of its ranks.
         node: This rank's; None where nothing is shared.
         reclaimer: Frees what is dead on all ranks.
+
+    Attributes:
+        sharers: Stands for these ranks in this order; communicators that are duplicates have it in common.
     """
 
     def __init__(self, transport: Transport, topology: Topology, node: Node | None, reclaimer: Reclaimer) -> None:
@@ -34,6 +44,7 @@ class NodeMemory:
         self._topology = topology
         self._node = node
         self._reclaimer = reclaimer
+        self.sharers = object()
 
     def allocate(self, shape: tuple[int, ...], dtype: DType, device: object = None) -> NodeArray:
         """Allocate an array; see `Communicator.allocate`."""
@@ -58,21 +69,21 @@ class NodeMemory:
 
     def _on_host(self, shape: tuple[int, ...], dtype: DType, *, is_shared: bool) -> SharedArray:
         if self._node is None or not is_shared:
-            return SharedArray.private(dtype, shape)
+            return self._private(lambda: SharedArray.private(dtype, shape))
         count = math.prod(shape)
         try:
-            # A window of no bytes is not to be had.
+            # A block of no bytes is not to be had.
             block, problem = self._node.allocate(max(1, count * dtype.itemsize)), ""
         except UnavailableError as error:
             block, problem = None, str(error)
         if self._has_everybody(problem, "private memory and messages") and block is not None:
-            return SharedArray(dtype, shape, block.typed(dtype.storage, 0, count), self._node.rank, block)
-        return SharedArray.private(dtype, shape)
+            return SharedArray(dtype, shape, block.typed(dtype.storage, 0, count), self._node.rank, self._next_place())
+        return self._private(lambda: SharedArray.private(dtype, shape))
 
     def _on_device(self, shape: tuple[int, ...], dtype: DType, device: int, *, is_shared: bool) -> SharedDeviceArray:
         node = self._node
         if node is None or not is_shared:
-            return SharedDeviceArray.private(dtype, shape, device)
+            return self._private(lambda: SharedDeviceArray.private(dtype, shape, device))
         count = math.prod(shape)
         block, problem = None, ""
         try:
@@ -87,8 +98,31 @@ class NodeMemory:
         else:
             self._reclaimer.register(block, block.holdings.close)
         if is_everywhere and block is not None:
-            return SharedDeviceArray(dtype, shape, block.typed(dtype.storage, 0, count), node.rank, block)
-        return SharedDeviceArray.private(dtype, shape, device)
+            views = block.typed(dtype.storage, 0, count)
+            return SharedDeviceArray(dtype, shape, views, node.rank, self._next_place(), block=block)
+        return self._private(lambda: SharedDeviceArray.private(dtype, shape, device))
+
+    def _next_place(self) -> Place:
+        """Return where a new shared array lies; every rank must call."""
+        # The number of one rank, by which all know the array.
+        return Place(self.sharers, self._transport.gather_everywhere(next(_numbers))[0], 0)
+
+    def _private(self, make: Callable[[], Array]) -> Array:
+        """Make an array that only this rank has; every rank must call.
+
+        Raises:
+            MemoryError: This rank has no memory left for it.
+            CollectiveError: Another one has not.
+        """
+        try:
+            array = make()
+        except MemoryError as error:
+            self._transport.gather_everywhere(str(error))
+            raise
+        for rank, problem in enumerate(self._transport.gather_everywhere("")):
+            if problem:
+                raise CollectiveError(f"allocation: rank {rank} has no memory left: {problem}")
+        return array
 
     def _has_everybody(self, problem: str, instead: str) -> bool:
         """Whether all ranks of all nodes have got what they wanted; if not, rank 0 says so."""

@@ -43,6 +43,7 @@ class PeerWatch:
     Attributes:
         revoked: Why it was given up; None if it was not.
         revoked_from: The first operation that cannot be completed because of that.
+        leaving: Why this rank has left; "" if it has not.
     """
 
     def __init__(self, transport: Transport, settings: Settings, calls: Calls) -> None:
@@ -55,6 +56,7 @@ class PeerWatch:
         self._subscribers: dict[bytes, Callable[[int, bytes], None]] = {}
         self.revoked: str | None = None
         self.revoked_from = 0
+        self.leaving = ""
         self._left: dict[int, tuple[int, str]] = {}
         # The latest operation, for those who ask; and who is told, with its number and seconds, of one that stalls.
         self.latest = ""
@@ -76,6 +78,7 @@ class PeerWatch:
 
     def leave(self, reason: str) -> None:
         """Tell all others that this rank takes part in no further operation; what is in flight here ends."""
+        self.leaving = reason
         call_index = self._calls.first_unfinished()
         if call_index < self._calls.number:
             self._note_revoked(f"rank {self._transport.rank}: {reason}", call_index)

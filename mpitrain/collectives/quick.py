@@ -7,7 +7,6 @@ less ado; a rank may go either way without the others noticing.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -110,7 +109,7 @@ class QuickAllreduce:
         Raises:
             CollectiveMismatchError: They do not.
         """
-        self._caller.drive(_until(self._meeting.is_complete), self._description, index)
+        self._caller.drive(self._meeting.wait(), self._description, index)
         if self._meeting.agrees():
             return True
         call = self._caller.call_of(index)
@@ -128,11 +127,14 @@ class QuickCalls:
 
     def find(self, array: Any, op: Any, algorithm: str, *, in_place: bool) -> tuple[QuickAllreduce | None, Any]:
         """Return how to reduce `array`, and a flat view of it; None where it has to go the general way."""
+        kind: Any = type(array)
+        if kind is SharedArray:
+            kind = array.place
         try:
-            quick = self._known[type(array), array.dtype, array.shape, op, algorithm, in_place]
+            quick = self._known[kind, array.dtype, array.shape, op, algorithm, in_place]
         except (AttributeError, KeyError, TypeError):
             return None, array
-        host = array if type(array) is np.ndarray else array.flat if type(array) is SharedArray else _host(array)
+        host = array if kind is np.ndarray else array.flat if type(array) is SharedArray else _host(array)
         # Contiguous, aligned and writable; what is not gets its error, or its copy, on the general way.
         if host is None or not host.flags.carray:
             return None, array
@@ -140,11 +142,15 @@ class QuickCalls:
 
     def remember(self, array: Any, op: Any, algorithm: str, quick: QuickAllreduce, *, in_place: bool) -> None:
         """Find it from now on, if the kind of array is one that can be looked at quickly."""
-        if type(array) not in (np.ndarray, SharedArray) and _host(array) is None:
+        kind: Any = type(array)
+        if kind is SharedArray:
+            # Other ranks may pass another one of the same shape, which they must not.
+            kind = array.place
+        elif kind is not np.ndarray and _host(array) is None:
             return
         if len(self._known) >= _MOST_SIGNATURES:
             self._known.clear()
-        self._known[type(array), array.dtype, array.shape, op, algorithm, in_place] = quick
+        self._known[kind, array.dtype, array.shape, op, algorithm, in_place] = quick
 
 
 def _host(array: Any) -> NDArray[Any] | None:
@@ -156,8 +162,3 @@ def _host(array: Any) -> NDArray[Any] | None:
         return array.detach().numpy()  # type: ignore[no-any-return]
     except (RuntimeError, TypeError):
         return None
-
-
-def _until(is_so: Callable[[], bool]) -> Task[None]:
-    while not is_so():
-        yield False

@@ -61,16 +61,19 @@ class Collectives(abc.ABC):
         after another, each of which is combined by itself. Same on every rank.
         """
         quick, data = self._quick.find(array, op, algorithm, in_place=False)
+        if quick is not None and parts is None:
+            try:
+                result = np.empty_like(data) if type(array) is np.ndarray else copy_of(array)
+            except MemoryError:
+                quick = None  # the general way tells the others
         if quick is None or parts is not None:
             return self._run(operations.plan_allreduce, array, op=op, algorithm=algorithm, parts=parts)
         if type(array) is np.ndarray:
-            result = np.empty_like(data)
             quick.run(data, result)
             return result.reshape(array.shape)
-        copy = copy_of(array)
-        data = flat_view(copy).data
+        data = flat_view(result).data
         quick.run(data, data)
-        return copy
+        return result
 
     def allreduce_(
         self,

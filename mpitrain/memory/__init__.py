@@ -20,6 +20,7 @@ from mpitrain.memory.reduction import (
 from mpitrain.memory.scratch import ScratchPool
 from mpitrain.memory.shared import (
     NodeArray,
+    Place,
     SharedArray,
     SharedBlock,
     allocate_mapped,
@@ -32,6 +33,7 @@ __all__ = [
     "DType",
     "FlatArray",
     "NodeArray",
+    "Place",
     "ReduceOp",
     "ScratchPool",
     "SharedArray",

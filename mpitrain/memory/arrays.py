@@ -89,7 +89,7 @@ def flat_view(array: object, *, name: str = "array", writable: bool = False) -> 
     if isinstance(array, FlatArray):
         return array
     if isinstance(array, NodeArray):
-        return FlatArray(array.flat, array.dtype, array.shape, array.place, array)
+        return FlatArray(array.flat, array.dtype, array.shape, array.device_name, array)
     torch = loaded_torch()
     if torch is not None and isinstance(array, torch.Tensor):
         return _view_torch(array, torch, name, writable)
@@ -105,7 +105,7 @@ def is_on_device(array: object) -> bool:
     if isinstance(array, FlatArray):
         return not array.is_host
     if isinstance(array, NodeArray):
-        return array.place != "cpu"
+        return array.device_name != "cpu"
     torch = loaded_torch()
     if torch is not None and isinstance(array, torch.Tensor):
         return bool(cast("Any", array).is_cuda)

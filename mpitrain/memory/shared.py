@@ -14,7 +14,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,15 @@ from mpitrain.memory.dtypes import DType
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["NodeArray", "SharedArray", "SharedBlock", "allocate_mapped", "free_shared_nbytes", "total_shared_nbytes"]
+__all__ = [
+    "NodeArray",
+    "Place",
+    "SharedArray",
+    "SharedBlock",
+    "allocate_mapped",
+    "free_shared_nbytes",
+    "total_shared_nbytes",
+]
 
 # Blocks begin on pages of their own, so that each can lie in memory close to its owner.
 _PAGE_NBYTES = 4096
@@ -49,6 +57,24 @@ class SharedBlock:
         return [view[offset_nbytes:end].view(storage) for view in self.views]
 
 
+class Place(NamedTuple):
+    """Where a shared array lies; equal where it is the same array, and only there.
+
+    Attributes:
+        sharers: Stands for the ranks that share it, in their order.
+        number: Of the memory; the same on all of these ranks.
+        offset_nbytes: From where on.
+    """
+
+    sharers: object
+    number: int
+    offset_nbytes: int
+
+    def __str__(self) -> str:
+        """Return it as messages write it."""
+        return f"array {self.number} from byte {self.offset_nbytes}"
+
+
 class NodeArray(abc.ABC):
     """An array of this rank that all ranks of the node can read and write; made by `Communicator.allocate`.
 
@@ -57,22 +83,31 @@ class NodeArray(abc.ABC):
         shape: Same on every rank.
         everybodys: The arrays of all ranks of the node, flat, by rank on the node; only this rank's if it is private.
         index: This rank's place among them.
-        block: What they lie in; None if the array is private.
+        place: Where they lie; None if the array is private.
+        block: What they are part of, where it is needed besides.
     """
 
     def __init__(
-        self, dtype: DType, shape: tuple[int, ...], everybodys: list[NDArray[Any]], index: int, block: Any | None
+        self,
+        dtype: DType,
+        shape: tuple[int, ...],
+        everybodys: list[NDArray[Any]],
+        index: int,
+        place: Place | None,
+        *,
+        block: Any | None = None,
     ) -> None:
         self.dtype = dtype
         self.shape = shape
         self.everybodys = everybodys
         self._index = index
+        self.place = place
         self.block = block
 
     @property
     def is_shared(self) -> bool:
         """Whether the other ranks of the node map it."""
-        return self.block is not None
+        return self.place is not None
 
     @property
     def flat(self) -> NDArray[Any]:
@@ -89,11 +124,12 @@ class NodeArray(abc.ABC):
         """
         end = offset_nbytes + count * dtype.itemsize
         parts = [flat.view(np.uint8)[offset_nbytes:end].view(dtype.storage) for flat in self.everybodys]
-        return type(self)(dtype, (count,), parts, self._index, self.block)
+        place = self.place and self.place._replace(offset_nbytes=self.place.offset_nbytes + offset_nbytes)
+        return type(self)(dtype, (count,), parts, self._index, place, block=self.block)
 
     @property
     @abc.abstractmethod
-    def place(self) -> str:
+    def device_name(self) -> str:
         """Where the elements lie: "cpu" or "cuda:<number>"."""
 
     @abc.abstractmethod
@@ -124,7 +160,7 @@ class SharedArray(NodeArray):
         return cls(dtype, shape, [np.zeros(math.prod(shape), dtype.storage)], 0, None)
 
     @property
-    def place(self) -> str:
+    def device_name(self) -> str:
         return "cpu"
 
     def new(self, shape: tuple[int, ...]) -> SharedArray:

@@ -10,7 +10,7 @@ import math
 
 from mpitrain.negotiation.agreement import find_mismatch
 from mpitrain.negotiation.announcement import Announcement, Decision
-from mpitrain.negotiation.joining import JOIN, find_absence_problem
+from mpitrain.negotiation.joining import JOIN, STEP_END, find_absence_problem
 
 __all__ = ["Coordinator"]
 
@@ -20,6 +20,24 @@ class _Pending:
     since_s: float
     announcements: dict[int, Announcement] = dataclasses.field(default_factory=dict)
     warned_s: float = -math.inf
+
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether a rank has started it; who has refused it waits for nothing."""
+        return any(not announcement.problem for announcement in self.announcements.values())
+
+    def note(self, rank: int, announcement: Announcement, now_s: float) -> None:
+        if not announcement.problem and not self.is_waited_for:
+            self.since_s, self.warned_s = now_s, -math.inf
+        self.announcements[rank] = announcement
+
+    def refusals(self) -> str:
+        """Say who has refused it, and why; nothing if nobody has."""
+        return ", ".join(
+            f"refused by rank {rank}: {announcement.problem}"
+            for rank, announcement in sorted(self.announcements.items())
+            if announcement.problem
+        )
 
 
 class Coordinator:
@@ -43,7 +61,7 @@ class Coordinator:
         self._is_untold = False
 
     def announce(self, rank: int, announcement: Announcement, now_s: float) -> None:
-        """Note that a rank is ready for an operation, or has joined."""
+        """Note that a rank is ready for an operation, or has joined, or takes back a step that has ended."""
         if announcement.collective == JOIN:
             self._joined.append(rank)
             self._is_untold = True
@@ -53,10 +71,21 @@ class Coordinator:
                 if name not in self._complete and self._is_complete(pending)
             ]
             return
+        if announcement.collective == STEP_END:
+            self._take_back(rank, announcement.name)
+            return
         pending = self._pending.setdefault(announcement.name, _Pending(now_s))
-        pending.announcements[rank] = announcement
+        pending.note(rank, announcement, now_s)
         if self._is_complete(pending):
             self._complete.append(announcement.name)
+
+    def _take_back(self, rank: int, name: str) -> None:
+        pending = self._pending.get(name)
+        # What is complete is decided all the same, which does no harm.
+        if pending is not None and name not in self._complete:
+            pending.announcements.pop(rank, None)
+            if not pending.announcements:
+                del self._pending[name]
 
     def leave(self, rank: int, reason: str) -> None:
         """Note that a rank takes part in nothing any more."""
@@ -110,24 +139,32 @@ class Coordinator:
         """
         reasons = [
             f"{name} was not started by ranks {self._missing(pending)} within {limit_s:g} s"
+            + (f", and was {refusals}" if (refusals := pending.refusals()) else "")
             for name, pending in self._pending.items()
-            if now_s - pending.since_s > limit_s
+            if pending.is_waited_for and now_s - pending.since_s > limit_s
         ]
         return ["; ".join(reasons)] if reasons else []
 
     def stalled(self, limit_s: float, now_s: float) -> list[str]:
-        """Return a line for each operation that has been incomplete for longer than `limit_s`; again after as long."""
+        """Return a line for each operation that has been incomplete for longer than `limit_s`; again after as long.
+
+        Of one that was refused, and that nobody waits for, once.
+        """
         lines = []
         for name, pending in self._pending.items():
             if now_s - pending.since_s > limit_s and now_s - pending.warned_s > limit_s:
-                pending.warned_s = now_s
+                pending.warned_s = now_s if pending.is_waited_for else math.inf
                 lines.append(self._describe(name, pending, now_s))
         return lines
 
     def _describe(self, name: str, pending: _Pending, now_s: float) -> str:
-        line = f"{name}: waits since {now_s - pending.since_s:.0f} s for ranks {self._missing(pending)}"
-        joined = f", ranks {sorted(self._joined)} have joined" if self._joined else ""
-        return f"{line}; started by ranks {sorted(pending.announcements)}{joined}"
+        missing, refusals = self._missing(pending), pending.refusals()
+        if not pending.is_waited_for:
+            return f"{name}: not started, as it was {refusals}; ranks {missing} have not called it"
+        started = sorted(rank for rank, announcement in pending.announcements.items() if not announcement.problem)
+        line = f"{name}: waits since {now_s - pending.since_s:.0f} s for ranks {missing}; started by ranks {started}"
+        joined = f"ranks {sorted(self._joined)} have joined" if self._joined else ""
+        return ", ".join(filter(None, (line, refusals, joined)))
 
     def _is_complete(self, pending: _Pending) -> bool:
         num_absent = sum(rank not in pending.announcements for rank in self._joined)

@@ -10,14 +10,15 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from mpitrain.collectives import Communicator, Handle, Task
+from mpitrain.collectives import Communicator, Handle, ProgressEngine, Task
 from mpitrain.memory import FlatArray, allocate_like, copy_of, flat_view
 from mpitrain.negotiation.announcement import Announcement, Decision
 from mpitrain.negotiation.groups import all_results, run_allgather, run_reduce_scatter
+from mpitrain.negotiation.joining import neutral_announcement, neutral_arrays
 from mpitrain.negotiation.scaling import check_reduction, op_to_run, scale_input, scale_result
 from mpitrain.observe import OperationTrace, Recorder
 
-__all__ = ["Entry", "Results", "contiguous", "run_decision"]
+__all__ = ["Entry", "Results", "contiguous", "neutral_entries", "run_decision"]
 
 Results: TypeAlias = list[Any]
 
@@ -61,6 +62,13 @@ def contiguous(array: Any) -> Any:
     """Return the array, or a copy if it is not contiguous."""
     is_contiguous = array.is_contiguous() if hasattr(array, "is_contiguous") else array.flags.c_contiguous
     return array if is_contiguous else copy_of(array)
+
+
+def neutral_entries(decision: Decision, engine: ProgressEngine) -> list[Entry]:
+    """Return the operations of a decision as a rank that has joined takes part in them; the results are dropped."""
+    absent = [neutral_announcement(announcement) for announcement in decision.announced]
+    now_s = time.monotonic()
+    return [Entry(each, neutral_arrays(each), True, engine.promise(each.name), now_s) for each in absent]
 
 
 def run_decision(comm: Communicator, decision: Decision, entries: Sequence[Entry]) -> Task[list[Results]]:

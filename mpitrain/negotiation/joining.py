@@ -7,11 +7,13 @@ zeros to a sum. What cannot be without it, a broadcast from it or rows sent to i
 Steps, of an optimizer say, are operations of the whole group that are not negotiated, because all ranks run them in the
 same order. As long as nobody has joined they cost nothing here. A rank that joins is missed in the next step by all
 others; while they wait they look for news, learn from rank 0 who has joined, and from then on announce each of their
-steps. Once all have entered a step, rank 0 has those that have joined stand in.
+steps. Once all have entered a step, rank 0 has those that have joined stand in. A step that ends without them, as they
+had made it before they joined, is announced only by those that were not through with it: they take that back.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 import weakref
@@ -24,11 +26,21 @@ import numpy as np
 from mpitrain.memory import FlatArray, dtype_named, fill_neutral, parse_op
 from mpitrain.negotiation.announcement import Announcement
 
-__all__ = ["JOIN", "STEP", "Steps", "find_absence_problem", "neutral_announcement", "neutral_arrays"]
+__all__ = [
+    "JOIN",
+    "STEP",
+    "STEP_END",
+    "Steps",
+    "UnnamedOperations",
+    "find_absence_problem",
+    "neutral_announcement",
+    "neutral_arrays",
+]
 
 # Collectives of announcements that move no data themselves.
 JOIN = "join"
 STEP = "step"
+STEP_END = "end of step"
 
 # What has rows of each rank: one that has joined brings none.
 _RAGGED = ("allgather", "alltoall")
@@ -79,16 +91,39 @@ def neutral_arrays(announcement: Announcement) -> list[FlatArray]:
     return arrays
 
 
+class UnnamedOperations:
+    """Names for operations that their callers have not named.
+
+    Ranks match them by how many they have started since all had joined, so all must start them in the same order.
+    """
+
+    def __init__(self) -> None:
+        self._num_joins = 0
+        self._numbers = itertools.count()
+
+    def next_name(self) -> str:
+        """Return the name of the next one."""
+        return f"noname.{self._num_joins}.{next(self._numbers)}"
+
+    def begin_anew(self) -> None:
+        """Note that all ranks have joined."""
+        self._num_joins += 1
+        self._numbers = itertools.count()
+
+
 class Steps:
     """The steps of one group that are negotiated only while ranks have joined.
 
     Args:
         start: Announces a step by name.
+        end: Takes back what was announced, unless it is decided.
     """
 
-    def __init__(self, start: Callable[[str], Any]) -> None:
+    def __init__(self, start: Callable[[str], Any], end: Callable[[str], Any]) -> None:
         self._start = start
-        self._lock = threading.Lock()
+        self._end = end
+        # Whoever announces a step has done so before another thread takes it back.
+        self._lock = threading.RLock()
         # By number of whoever makes steps: what a rank that has joined does instead, and how many steps there were.
         self._stand_ins: list[Callable[[], Callable[[], None] | None]] = []
         self._counts: list[int] = []
@@ -110,14 +145,16 @@ class Steps:
     def entered(self, number: int) -> Iterator[None]:
         """Mark a step, in which the caller waits for all ranks."""
         self._counts[number] += 1
-        self._entered[number] = f"{STEP}.{number}.{self._counts[number]}"
+        self._entered[number] = name = f"{STEP}.{number}.{self._counts[number]}"
         # Whoever comes second, this thread or the one that learns of a rank that has joined, sees what the other did.
         if self.absent:
             self._announce()
         try:
             yield
         finally:
-            self._entered.pop(number, None)
+            if self._entered.pop(number, None) is None:
+                with self._lock:
+                    self._end(name)
 
     def note_absent(self, absent: tuple[int, ...]) -> None:
         """Take note of the ranks that have joined, and announce the steps that are under way."""
@@ -127,9 +164,9 @@ class Steps:
 
     def _announce(self) -> None:
         with self._lock:
-            names = [name for number in list(self._entered) if (name := self._entered.pop(number, None))]
-        for name in names:
-            self._start(name)
+            for number in list(self._entered):
+                if name := self._entered.pop(number, None):
+                    self._start(name)
 
     def stand_in_of(self, name: str) -> Callable[[], None]:
         """Return what a rank that has joined does for a step of this name."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import pickle
 import threading
 import time
@@ -22,11 +21,11 @@ from mpitrain.memory import DTYPES, flat_view
 from mpitrain.negotiation.announcement import Announcement, Decision, Tensor
 from mpitrain.negotiation.coordinator import Coordinator
 from mpitrain.negotiation.device_arrays import start_staged
-from mpitrain.negotiation.execution import Entry, Results, contiguous, run_decision
+from mpitrain.negotiation.execution import Entry, Results, contiguous, neutral_entries, run_decision
 from mpitrain.negotiation.failures import as_collective_error, error_of, error_of_closing
-from mpitrain.negotiation.joining import JOIN, STEP, Steps, neutral_announcement, neutral_arrays
+from mpitrain.negotiation.joining import JOIN, STEP, STEP_END, Steps, UnnamedOperations
 from mpitrain.negotiation.refusals import Refusals
-from mpitrain.negotiation.stalls import StallWatch
+from mpitrain.negotiation.stalls import StallWatch, Waiting
 
 __all__ = ["Negotiator"]
 
@@ -65,12 +64,11 @@ class Negotiator:
         self._is_serving = False
         self._closing: Decision | None = None
         self._own_announcements: list[Announcement] = []
-        self._unnamed = itertools.count()
-        # How often all ranks have joined; and what hears of steps for as long as this rank has joined.
-        self._num_joins = 0
+        self._unnamed = UnnamedOperations()
+        # What hears of steps for as long as this rank has joined.
         self._stand_in: Callable[[Callable[[], None]], None] | None = None
         self._stalls = StallWatch(comm.settings, comm.rank, comm.size)
-        self.steps = Steps(self._start_step)
+        self.steps = Steps(self._start_step, self._end_step)
         comm.before_leaving(self.leave)
         # A rank that waits for something else, or for nothing, learns of those that have joined; rank 0 also of those
         # that wait for a named operation which it has not started.
@@ -124,6 +122,11 @@ class Negotiator:
             return enter(list(arrays))
         return start_staged(self.comm, f"{collective} {name}", views, enter, in_place=in_place)
 
+    def await_name(self, name: str) -> None:
+        """Return when no operation of this name is in flight here."""
+        if name in self._names:
+            self.comm.engine.wait_until(lambda: name not in self._names, name)
+
     def refuse(self, name: str, collective: str, problem: str) -> None:
         """Say that this rank cannot take part in an operation that others may start; they get an error.
 
@@ -152,6 +155,14 @@ class Negotiator:
 
     def _start_step(self, name: str) -> None:
         self._enter(Announcement(name, STEP), [], in_place=False)
+
+    def _end_step(self, name: str) -> None:
+        with self._lock:
+            entry = self._undecided.pop(name, None)
+        if entry is not None:
+            self._forget([entry])
+            with contextlib.suppress(CommError), self._lock:
+                self._announce(Announcement(name, STEP_END))
 
     def _enter(self, announcement: Announcement, arrays: list[Any], *, in_place: bool) -> Handle[Results]:
         name, collective = announcement.name, announcement.collective
@@ -187,12 +198,8 @@ class Negotiator:
             self._undecided[entry.announcement.name] = entry
 
     def next_name(self) -> str:
-        """Return a name for an operation that the caller has not named.
-
-        Ranks match such operations by how many they have started since all had joined, so all must start them in the
-        same order.
-        """
-        return f"noname.{self._num_joins}.{next(self._unnamed)}"
+        """Return a name for an operation that the caller has not named; see `UnnamedOperations`."""
+        return self._unnamed.next_name()
 
     def attend(self) -> None:
         """Look for what other ranks have said, though this one may have started nothing."""
@@ -274,7 +281,7 @@ class Negotiator:
         if own or notices:
             # More may be on the way: what becomes ready together is fused.
             return True
-        decisions = self._coordinator.decide() + self._stalls.inspect(self._coordinator, now_s)
+        decisions = self._coordinator.decide() + self._stalls.inspect(self._coordinator, self._waiting, now_s)
         if decisions:
             self._broadcast(decisions)
             if self.comm.engine.recorder is not None:
@@ -286,14 +293,15 @@ class Negotiator:
         notices = self._control.notices()
         for _, data in notices:
             self._carry_out(pickle.loads(data))
-        if not notices:
-            with self._lock:
-                undecided = [(name, entry.since_s) for name, entry in self._undecided.items() if name != JOIN]
-            reason = self._stalls.inspect_alone(undecided, time.monotonic())
-            if reason:
-                self._tell_of_leaving(f"has given up: {reason}")
-                self._give_up(Decision((), reason=self._stalls.reason, closed=reason))
+        if not notices and (reason := self._stalls.inspect_alone(self._waiting, time.monotonic())):
+            self._tell_of_leaving(f"has given up: {reason}")
+            self._give_up(Decision((), reason=self._stalls.reason, closed=reason))
         return bool(notices)
+
+    def _waiting(self) -> Waiting:
+        with self._lock:
+            undecided = [(name, entry.since_s) for name, entry in self._undecided.items() if name != JOIN]
+            return Waiting(undecided, [(each.announcement.name, each.since_s) for each in self._refusals.waiting()])
 
     def _give_up(self, closing: Decision) -> None:
         self._close(closing)
@@ -348,9 +356,7 @@ class Negotiator:
         if first.collective == STEP:
             stand_in(self.steps.stand_in_of(first.name))
             return []
-        now_s = time.monotonic()
-        absent = [neutral_announcement(announcement) for announcement in decision.announced]
-        return [Entry(each, neutral_arrays(each), True, self.comm.engine.promise(each.name), now_s) for each in absent]
+        return neutral_entries(decision, self.comm.engine)
 
     def _take(self, name: str) -> Entry | None:
         was_refused, following = self._refusals.decided(name)
@@ -361,8 +367,7 @@ class Negotiator:
     def _end_join(self) -> None:
         self.steps.note_absent(())
         with self._lock:
-            self._num_joins += 1
-            self._unnamed = itertools.count()
+            self._unnamed.begin_anew()
             self._stand_in = None
 
     def _finish(self, task: Task[list[Results]], entries: list[Entry]) -> Task[None]:

@@ -22,8 +22,12 @@ class Refusals:
 
     @property
     def keep_waiting(self) -> bool:
-        """Whether something waits for a name."""
+        """Whether something is to be announced when a name is free."""
         return any(len(queue) > 1 for queue in self._queues.values())
+
+    def waiting(self) -> list[Entry]:
+        """Return the operations that wait for a name."""
+        return [entry for queue in self._queues.values() for entry in queue if not entry.announcement.problem]
 
     def put(self, entry: Entry) -> None:
         """Note a refusal that has been announced."""
@@ -50,6 +54,6 @@ class Refusals:
 
     def clear(self) -> list[Entry]:
         """Forget everything; return what waited for a name."""
-        waiting = [entry for queue in self._queues.values() for entry in queue if not entry.announcement.problem]
+        waiting = self.waiting()
         self._queues.clear()
         return waiting

@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable
+from typing import NamedTuple
 
 from mpitrain.config import PREFIX, Settings
 from mpitrain.negotiation.announcement import Decision
 from mpitrain.negotiation.coordinator import Coordinator
 
-__all__ = ["StallWatch"]
+__all__ = ["StallWatch", "Waiting"]
 
 _log = logging.getLogger("mpitrain")
 
 _INTERVAL_S = 0.25
 # Rank 0 knows who is missing, so the others leave it a moment to say so before they give up by themselves.
 _GRACE_S = 2.0
+
+
+_UNDECIDED = "was not decided by rank 0"
+_BEHIND = "waits behind a call that was refused here, and that the other ranks have not made"
+
+
+class Waiting(NamedTuple):
+    """Operations of a rank that are not decided, each with the time since when.
+
+    Attributes:
+        undecided: Announced.
+        behind: To be announced after a refusal of the same name.
+    """
+
+    undecided: list[tuple[str, float]]
+    behind: list[tuple[str, float]]
 
 
 class StallWatch:
@@ -38,8 +55,14 @@ class StallWatch:
         self._where = f"r{rank}/{size}"
         self._next_s = 0.0
 
-    def inspect(self, coordinator: Coordinator, now_s: float) -> list[Decision]:
-        """On rank 0: warn of operations that some ranks do not start, and end everything if one is overdue."""
+    def inspect(self, coordinator: Coordinator, waiting: Callable[[], Waiting], now_s: float) -> list[Decision]:
+        """On rank 0: warn of operations that some ranks do not start, and end everything if one is overdue.
+
+        Args:
+            coordinator: Knows all that was announced.
+            waiting: Returns what waits on this rank.
+            now_s: By the same clock.
+        """
         if not self._is_due(now_s):
             return []
         if self._warning_s:
@@ -47,21 +70,22 @@ class StallWatch:
                 _log.warning("%s | %s", self._where, line)
         if not self._limit_s:
             return []
-        overdue = coordinator.overdue(self._limit_s, now_s)
-        return [Decision((), reason=self.reason, closed=f"{reason}; {self._remedy()}") for reason in overdue]
+        reasons = coordinator.overdue(self._limit_s, now_s) or _overdue(waiting().behind, _BEHIND, self._limit_s, now_s)
+        return [Decision((), reason=self.reason, closed=f"{reason}; {self._remedy()}") for reason in reasons]
 
-    def inspect_alone(self, undecided: Iterable[tuple[str, float]], now_s: float) -> str:
+    def inspect_alone(self, waiting: Callable[[], Waiting], now_s: float) -> str:
         """On the other ranks: return why to give up, if rank 0 itself starts nothing and so decides nothing.
 
         Args:
-            undecided: Operations of this rank, and since when.
+            waiting: Returns what waits on this rank.
             now_s: By the same clock.
         """
         if not self._limit_s or not self._is_due(now_s):
             return ""
         limit_s = self._limit_s + _GRACE_S
-        overdue = [name for name, since_s in undecided if now_s - since_s > limit_s]
-        return f"{overdue[0]} was not decided by rank 0 within {limit_s:g} s; {self._remedy()}" if overdue else ""
+        undecided, behind = waiting()
+        reasons = _overdue(undecided, _UNDECIDED, limit_s, now_s) or _overdue(behind, _BEHIND, limit_s, now_s)
+        return f"{reasons[0]}; {self._remedy()}" if reasons else ""
 
     def _is_due(self, now_s: float) -> bool:
         if now_s < self._next_s:
@@ -71,3 +95,8 @@ class StallWatch:
 
     def _remedy(self) -> str:
         return f"see what these ranks do instead, or raise {PREFIX}{self._setting.upper()}"
+
+
+def _overdue(operations: list[tuple[str, float]], what: str, limit_s: float, now_s: float) -> list[str]:
+    names = [name for name, since_s in operations if now_s - since_s > limit_s]
+    return [f"{names[0]} {what} within {limit_s:g} s"] if names else []

@@ -6,39 +6,43 @@ which combines the changes of the parameters, not gradients, where the optimizer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
 from mpitrain.torch.arguments import Reduction
 from mpitrain.torch.reductions import Adasum, grouped_allreduce
+from mpitrain.torch.starting import Operation
 
-__all__ = ["combine_changes"]
+__all__ = ["combined_changes"]
 
 Tensor = torch.Tensor
 
 
-def combine_changes(parameters: Sequence[tuple[str, Tensor]], before: Sequence[Tensor], reduction: Reduction) -> None:
-    """Replace what a step of this rank has changed by the Adasum over all ranks.
+@contextmanager
+def combined_changes(parameters: Sequence[tuple[str, Tensor]], reduction: Reduction) -> Iterator[None]:
+    """Replace what the body, a step of this rank, changes by the Adasum of the changes of all ranks.
 
     Args:
         parameters: (name, parameter) pairs, the same on every rank; each is a vector of its own.
-        before: What the parameters were before the step; is overwritten.
         reduction: Same on every rank: how the changes travel, and among whom.
 
     Raises:
-        HorovodInternalError: Ranks have different parameters; on every rank, which keep their own steps.
+        HorovodInternalError: Ranks have different parameters, or the body has failed on another rank; on every rank but
+            that one. They keep their own steps.
     """
     if not parameters:
+        yield
         return
-    params = [param.detach() for _, param in parameters]
-    changes = [_as_real(param - start) for param, start in zip(params, before, strict=True)]
+    name = f"adasum.{parameters[0][0]}"
+    # The others are about to start it.
+    with Operation("allreduce", name, reduction.process_set):
+        before = [param.detach().clone() for _, param in parameters]
+        yield
+        changes = [_as_real(param.detach() - start) for (_, param), start in zip(parameters, before, strict=True)]
     combined = grouped_allreduce(
-        changes,
-        name=f"adasum.{parameters[0][0]}",
-        compression=reduction.compression,
-        op=Adasum,
-        process_set=reduction.process_set,
+        changes, name=name, compression=reduction.compression, op=Adasum, process_set=reduction.process_set
     )
     # Torch sees the writing to a parameter that is not detached.
     with torch.no_grad():

@@ -36,17 +36,16 @@ def broadcast_async(
     tensor: Tensor, root_rank: int, name: str | None = None, process_set: ProcessSet = global_process_set
 ) -> int:
     """Start a `broadcast`; returns a handle."""
-    operation = Operation("broadcast", name, process_set)
-    return operation.start([tensor], only_result, root=_checked_root(operation, root_rank, process_set))
+    with Operation("broadcast", name, process_set) as operation:
+        return operation.start([tensor], only_result, root=root_of(root_rank, process_set))
 
 
 def broadcast_async_(
     tensor: Tensor, root_rank: int, name: str | None = None, process_set: ProcessSet = global_process_set
 ) -> int:
     """Start a `broadcast_`; returns a handle."""
-    operation = Operation("broadcast", name, process_set)
-    root = _checked_root(operation, root_rank, process_set)
-    return operation.start([tensor], only_result, root=root, in_place=True)
+    with Operation("broadcast", name, process_set) as operation:
+        return operation.start([tensor], only_result, root=root_of(root_rank, process_set), in_place=True)
 
 
 def broadcast(
@@ -64,20 +63,20 @@ def broadcast(
         HorovodInternalError: Ranks brought different things, or could not exchange messages; on every rank.
         ValueError: Root out of range, bad argument, or a name in flight.
     """
-    operation = Operation("broadcast", name, process_set)
-    root = _checked_root(operation, root_rank, process_set)
+    with Operation("broadcast", name, process_set) as operation:
+        root = root_of(root_rank, process_set)
 
-    def run() -> tuple[Sequence[Tensor], PullBack]:
-        return synchronize(operation.start([tensor], list, root=root)), pull_back
+        def run() -> tuple[Sequence[Tensor], PullBack]:
+            return synchronize(operation.start([tensor], list, root=root)), pull_back
 
-    def pull_back(gradients: list[Tensor], other_name: str) -> list[Tensor]:
-        averages = grouped_allreduce(gradients, name=other_name, process_set=process_set)
-        is_other = torch.tensor(operation.negotiator.comm.rank != root)
-        # Not new zeros: a backward pass of this one must reach the operation on every rank.
-        return [average.masked_fill(is_other, 0.0) for average in averages]
+        def pull_back(gradients: list[Tensor], other_name: str) -> list[Tensor]:
+            averages = grouped_allreduce(gradients, name=other_name, process_set=process_set)
+            is_other = torch.tensor(operation.negotiator.comm.rank != root)
+            # Not new zeros: a backward pass of this one must reach the operation on every rank.
+            return [average.masked_fill(is_other, 0.0) for average in averages]
 
-    (result,) = carry_gradients(operation, [tensor], run)
-    return result
+        (result,) = carry_gradients(operation, [tensor], run)
+        return result
 
 
 def broadcast_(
@@ -94,7 +93,8 @@ def alltoall_async(
     process_set: ProcessSet = global_process_set,
 ) -> int:
     """Start an `alltoall`; returns a handle. `synchronize` always returns the pair with the received splits."""
-    return _start_alltoall(Operation("alltoall", name, process_set), tensor, splits, lambda pairs: pairs[0])
+    with Operation("alltoall", name, process_set) as operation:
+        return _start_alltoall(operation, tensor, splits, lambda pairs: pairs[0])
 
 
 def alltoall(
@@ -118,27 +118,28 @@ def alltoall(
         HorovodInternalError: Ranks brought different things, or could not exchange messages; on every rank.
         ValueError: Splits that do not fit, or a name in flight.
     """
-    operation = Operation("alltoall", name, process_set)
+    with Operation("alltoall", name, process_set) as operation:
 
-    def run() -> tuple[Sequence[Tensor], PullBack]:
-        output, received = synchronize(_start_alltoall(operation, tensor, splits, only_result))
-        row_count = tensor.shape[0]
+        def run() -> tuple[Sequence[Tensor], PullBack]:
+            output, received = synchronize(_start_alltoall(operation, tensor, splits, only_result))
+            row_count = tensor.shape[0]
 
-        def pull_back(gradients: list[Tensor], other_name: str) -> list[Tensor]:
-            (gradient,) = gradients
-            returned, _ = alltoall(gradient, received, other_name, process_set)
-            unsent = row_count - returned.shape[0]
-            return [torch.cat([returned, returned.new_zeros(unsent, *returned.shape[1:])]) if unsent else returned]
+            def pull_back(gradients: list[Tensor], other_name: str) -> list[Tensor]:
+                (gradient,) = gradients
+                returned, _ = alltoall(gradient, received, other_name, process_set)
+                unsent = row_count - returned.shape[0]
+                return [torch.cat([returned, returned.new_zeros(unsent, *returned.shape[1:])]) if unsent else returned]
 
-        return (output, received), pull_back
+            return (output, received), pull_back
 
-    output, received = carry_gradients(operation, [tensor], run)
-    return output if splits is None else (output, received)
+        output, received = carry_gradients(operation, [tensor], run)
+        return output if splits is None else (output, received)
 
 
 def barrier(process_set: ProcessSet = global_process_set) -> None:
     """Return when all ranks have called."""
-    synchronize(Operation("barrier", "barrier", process_set).start([], lambda _results: None))
+    with Operation("barrier", "barrier", process_set) as operation:
+        synchronize(operation.start([], lambda _results: None))
 
 
 def _start_alltoall(
@@ -147,8 +148,7 @@ def _start_alltoall(
     splits: Tensor | Sequence[int] | None,
     finish: Callable[[list[tuple[Tensor, Tensor]]], Any],
 ) -> int:
-    with operation.checked():
-        rows = _split_rows(tensor, splits, operation.negotiator.comm.size)
+    rows = _split_rows(tensor, splits, operation.negotiator.comm.size)
     device = splits.device if isinstance(splits, torch.Tensor) else None
 
     def with_splits(pairs: list[tuple[Tensor, list[int]]]) -> Any:
@@ -182,11 +182,6 @@ def _split_rows(tensor: Tensor, splits: Tensor | Sequence[int] | None, size: int
             f"got {rows} for {tensor.shape[0]} rows"
         )
     return rows
-
-
-def _checked_root(operation: Operation, root_rank: int, process_set: ProcessSet) -> int:
-    with operation.checked():
-        return root_of(root_rank, process_set)
 
 
 def root_of(root_rank: int, process_set: ProcessSet) -> int:

@@ -10,9 +10,11 @@ import torch
 
 from mpitrain.collectives import try_pickle
 from mpitrain.errors import CollectiveMismatchError
-from mpitrain.torch.exchanges import broadcast, root_of
-from mpitrain.torch.gathers import allgather
-from mpitrain.torch.world import ProcessSet, global_process_set, negotiator_of
+from mpitrain.torch.exchanges import root_of
+from mpitrain.torch.gathers import only_gathered
+from mpitrain.torch.handles import synchronize
+from mpitrain.torch.starting import Operation, only_result
+from mpitrain.torch.world import ProcessSet, global_process_set
 
 __all__ = ["allgather_object", "broadcast_object", "broadcast_optimizer_state", "broadcast_parameters"]
 
@@ -36,9 +38,12 @@ def broadcast_parameters(
         HorovodInternalError: Ranks have different names, shapes or dtypes; on every rank.
         ValueError: Root out of range, or params of another type.
     """
-    named = _named_tensors(params)
+    with _gathering("parameters", process_set):
+        root = root_of(root_rank, process_set)
+        named = _named_tensors(params)
     _check_names([name for name, _ in named], process_set)
-    broadcast_tensors([tensor for _, tensor in named], root_rank, "parameters", process_set)
+    with Operation("broadcast", "parameters", process_set) as operation:
+        synchronize(operation.start([tensor for _, tensor in named], list, root=root, in_place=True))
 
 
 def _check_names(names: list[str], process_set: ProcessSet) -> None:
@@ -49,22 +54,6 @@ def _check_names(names: list[str], process_set: ProcessSet) -> None:
             raise CollectiveMismatchError(
                 f"broadcast_parameters: ranks have different parameters; ranks 0 and {rank} differ in {odd}"
             )
-
-
-def broadcast_tensors(tensors: list[Tensor], root_rank: int, name: str, process_set: ProcessSet) -> None:
-    """Give all ranks the root's tensors, in place, as one operation."""
-    root = root_of(root_rank, process_set)
-    targets = [tensor.detach() for tensor in tensors]
-    buffers = [target.contiguous() for target in targets]
-    handle = negotiator_of(process_set, "broadcast").start(
-        f"broadcast.{name}", "broadcast", buffers, root=root, in_place=True
-    )
-    changed = [(target, buffer) for target, buffer in zip(targets, buffers, strict=True) if target is not buffer]
-    handle.wait()
-    torch.autograd.graph.increment_version(targets)
-    with torch.no_grad():
-        for target, buffer in changed:
-            target.copy_(buffer)
 
 
 def broadcast_object(
@@ -84,14 +73,16 @@ def broadcast_object(
         ValueError: The root's object cannot be pickled, or root out of range; on every rank.
         HorovodInternalError: The ranks could not exchange messages.
     """
-    root = root_of(root_rank, process_set)
-    is_root = negotiator_of(process_set, "broadcast_object").comm.rank == root
-    data, problem = try_pickle(obj) if is_root else (b"", "")
-    content = problem.encode() if problem else data
-    header = torch.tensor([len(content), bool(problem)], dtype=torch.int64)
-    length, has_failed = broadcast(header, root_rank, _part(name, "size"), process_set).tolist()
-    payload = torch.frombuffer(bytearray(content), dtype=torch.uint8) if is_root and content else _bytes(length)
-    payload = broadcast(payload, root_rank, _part(name, "bytes"), process_set)
+    with _broadcasting(name, process_set) as operation:
+        root = root_of(root_rank, process_set)
+        is_root = operation.negotiator.comm.rank == root
+        data, problem = try_pickle(obj) if is_root else (b"", "")
+        content = problem.encode() if problem else data
+        header = torch.tensor([len(content), bool(problem)], dtype=torch.int64)
+        length, has_failed = synchronize(operation.start([header], only_result, root=root)).tolist()
+    with Operation("broadcast", _part(name, "bytes"), process_set) as operation:
+        payload = _bytes_of(content) if is_root else _bytes(length)
+        payload = synchronize(operation.start([payload], only_result, root=root))
     received = payload.numpy().tobytes()
     if has_failed:
         raise ValueError(f"broadcast_object: {received.decode()}; pass an object that pickle accepts")
@@ -112,11 +103,14 @@ def allgather_object(obj: Any, name: str | None = None, process_set: ProcessSet 
         ValueError: An object cannot be pickled; on every rank.
         HorovodInternalError: The ranks could not exchange messages.
     """
-    data, problem = try_pickle(obj)
-    content = problem.encode() if problem else data
-    headers = allgather(torch.tensor([[len(content), bool(problem)]]), _part(name, "sizes"), process_set)
-    payload = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-    everything = allgather(payload, _part(name, "bytes"), process_set).numpy().tobytes()
+    with _gathering(name, process_set) as operation:
+        data, problem = try_pickle(obj)
+        content = problem.encode() if problem else data
+        header = torch.tensor([[len(content), bool(problem)]])
+        headers = synchronize(operation.start([header], only_gathered))
+    with Operation("allgather", _part(name, "bytes"), process_set) as operation:
+        payload = synchronize(operation.start([_bytes_of(content)], only_gathered))
+    everything = payload.numpy().tobytes()
     parts, begin = [], 0
     for length in headers[:, 0].tolist():
         parts.append(everything[begin : begin + length])
@@ -152,14 +146,16 @@ def broadcast_optimizer_state(
         HorovodInternalError: The ranks could not exchange messages.
     """
     del model
-    root = root_of(root_rank, process_set)
-    is_root = negotiator_of(process_set, "broadcast_optimizer_state").comm.rank == root
     tensors: list[Tensor] = []
-    skeleton = _take_tensors(optimizer.state_dict(), tensors) if is_root else None
+    with _broadcasting("optimizer_state", process_set) as operation:
+        root = root_of(root_rank, process_set)
+        is_root = operation.negotiator.comm.rank == root
+        skeleton = _take_tensors(optimizer.state_dict(), tensors) if is_root else None
     skeleton = broadcast_object(skeleton, root_rank, "optimizer_state", process_set)
-    if not is_root:
-        skeleton = _allocate_tensors(skeleton, tensors)
-    broadcast_tensors(tensors, root_rank, "optimizer_state.tensors", process_set)
+    with Operation("broadcast", "optimizer_state.tensors", process_set) as operation:
+        if not is_root:
+            skeleton = _allocate_tensors(skeleton, tensors)
+        synchronize(operation.start(tensors, list, root=root, in_place=True))
     if not is_root:
         optimizer.load_state_dict(skeleton)
 
@@ -205,6 +201,20 @@ def _named_tensors(params: Any) -> list[tuple[str, Tensor]]:
     else:
         raise ValueError(f"invalid params of type: {type(params)}; pass a state dict or named parameters")  # noqa: TRY004  (Horovod's class)
     return [(name, tensor) for name, tensor in items if isinstance(tensor, torch.Tensor)]
+
+
+def _gathering(name: str | None, process_set: ProcessSet) -> Operation:
+    """Return the first operation of `allgather_object`."""
+    return Operation("allgather", _part(name, "sizes"), process_set)
+
+
+def _broadcasting(name: str | None, process_set: ProcessSet) -> Operation:
+    """Return the first operation of `broadcast_object`."""
+    return Operation("broadcast", _part(name, "size"), process_set)
+
+
+def _bytes_of(content: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else _bytes(0)
 
 
 def _bytes(length: int) -> Tensor:

@@ -45,5 +45,11 @@ def synchronize(handle: int) -> Any:
     """
     if handle not in _handles:
         return None
-    operation, finish = _handles.pop(handle)
-    return finish(operation.wait())
+    operation, finish = _handles[handle]
+    try:
+        results = operation.wait()
+    finally:
+        # An interrupt may have ended the waiting only.
+        if operation.done:
+            del _handles[handle]
+    return finish(results)

@@ -12,7 +12,7 @@ import torch
 
 from mpitrain.collectives import Communicator
 from mpitrain.memory import ReduceOp, parse_op
-from mpitrain.torch.adasum import combine_changes
+from mpitrain.torch.adasum import combined_changes
 from mpitrain.torch.arguments import Reduction, check_passes, groups_of_arguments, names_of
 from mpitrain.torch.compression import Compression, Compressor
 from mpitrain.torch.observation import recorded
@@ -205,11 +205,8 @@ class _DistributedAdasum(_Distributed):
         """Step with the gradients of this rank as the wrapped optimizer does, then combine the changes of all ranks."""
         if self._current_reducer() is None:
             return super().step(closure)
-        parameters = self._reduced_parameters()
-        before = [param.detach().clone() for _, param in parameters]
-        loss = super().step(closure)
-        combine_changes(parameters, before, self._reduction)
-        return loss
+        with combined_changes(self._reduced_parameters(), self._reduction):
+            return super().step(closure)
 
     step.hooked = True  # type: ignore[attr-defined]
 

@@ -143,6 +143,12 @@ def agreed_removals(numbers: Sequence[int | None], existing: Mapping[int, Proces
     return removed
 
 
+def _made(arguments: Iterable[ProcessSet | Iterable[int] | MPI.Comm] | str) -> list[ProcessSet]:
+    if isinstance(arguments, str):
+        raise ValueError(f'process_sets: must be process sets or "dynamic", got {arguments!r}')  # noqa: TRY004  (a bad word)
+    return [each if isinstance(each, ProcessSet) else ProcessSet(each) for each in arguments]
+
+
 class World:
     """What exists between `init` and `shutdown`."""
 
@@ -170,9 +176,23 @@ class World:
         if predecessor is not None and identity and all(theirs == identity for _, theirs in everybodys):
             self.comm.adopt(predecessor.comm)
 
-    def add(self, process_sets: Sequence[ProcessSet]) -> None:
-        """Agree on process sets with all ranks, and make them usable one after another."""
-        everybodys = self.comm.allgather_obj([self._proposal(process_set) for process_set in process_sets])
+    def add(self, arguments: Iterable[ProcessSet | Iterable[int] | MPI.Comm] | str) -> list[ProcessSet]:
+        """Agree on process sets with all ranks, make them usable one after another, and return them.
+
+        Raises:
+            ValueError, TypeError: Unusable arguments, on the rank that brought them; ValueError on the others.
+            ValueError: See `agreed_ranks`.
+        """
+        try:
+            process_sets = _made(arguments)
+            proposals = [self._proposal(process_set) for process_set in process_sets]
+        except Exception as error:
+            self.comm.allgather_obj(([], f"{type(error).__name__}: {error}"))
+            raise
+        everybodys, problems = zip(*self.comm.allgather_obj((proposals, "")), strict=True)
+        for rank, problem in enumerate(problems):
+            if problem:
+                raise ValueError(f"process set: must be the same on every rank, got an error on rank {rank}: {problem}")
         counts = [len(proposals) for proposals in everybodys]
         if len(set(counts)) > 1:
             raise ValueError(
@@ -181,6 +201,7 @@ class World:
         for index, process_set in enumerate(process_sets):
             proposals = [of_rank[index] for of_rank in everybodys]
             self._add_agreed(process_set, agreed_ranks(proposals, self.process_sets.values()))
+        return process_sets
 
     def _proposal(self, process_set: ProcessSet) -> Proposal:
         if process_set.mpi_comm is None:

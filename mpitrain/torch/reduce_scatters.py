@@ -34,8 +34,9 @@ def reducescatter_async(
     postscale_factor: float = 1.0,
 ) -> int:
     """Start a `reducescatter`; returns a handle."""
-    how = _How(parse_op(op), float(prescale_factor), float(postscale_factor))
-    return _start(Operation("reduce_scatter", name, process_set), [tensor], how, only_result)
+    with Operation("reduce_scatter", name, process_set) as operation:
+        how = _How(parse_op(op), float(prescale_factor), float(postscale_factor))
+        return _start(operation, [tensor], how, only_result)
 
 
 def reducescatter(
@@ -68,8 +69,9 @@ def grouped_reducescatter_async(
     postscale_factor: float = 1.0,
 ) -> int:
     """Start a `grouped_reducescatter`; returns one handle, of a tuple."""
-    how = _How(parse_op(op), float(prescale_factor), float(postscale_factor))
-    return _start(Operation("reduce_scatter", name, process_set), tensors, how, tuple)
+    with Operation("reduce_scatter", name, process_set) as operation:
+        how = _How(parse_op(op), float(prescale_factor), float(postscale_factor))
+        return _start(operation, tensors, how, tuple)
 
 
 def grouped_reducescatter(
@@ -82,24 +84,24 @@ def grouped_reducescatter(
     postscale_factor: float = 1.0,
 ) -> list[Tensor]:
     """Reduce-scatter several tensors together, all or none; see `reducescatter`."""
-    how = _How(parse_op(op), float(prescale_factor), float(postscale_factor))
-    operation = Operation("reduce_scatter", name, process_set)
-    pairs = [compression.compress(tensor) for tensor in tensors]
-    inputs = [compressed for compressed, _ in pairs]
+    with Operation("reduce_scatter", name, process_set) as operation:
+        how = _How(parse_op(op), float(prescale_factor), float(postscale_factor))
+        pairs = [compression.compress(tensor) for tensor in tensors]
+        inputs = [compressed for compressed, _ in pairs]
 
-    def run() -> tuple[Sequence[Tensor], PullBack]:
-        results = synchronize(_start(operation, inputs, how, list))
-        return results, pull_back
+        def run() -> tuple[Sequence[Tensor], PullBack]:
+            results = synchronize(_start(operation, inputs, how, list))
+            return results, pull_back
 
-    def pull_back(gradients: list[Tensor], other_name: str) -> list[Tensor]:
-        if how.op not in (Average, Sum):
-            raise ValueError(f"reducescatter: {how.op.name.lower()} has no gradient; use Average or Sum")
-        factor = how.prescale * how.postscale * (operation.negotiator.comm.size if how.op is Sum else 1)
-        scaled = [gradient * factor if factor != 1.0 else gradient for gradient in gradients]
-        return grouped_allgather(scaled, other_name, process_set)
+        def pull_back(gradients: list[Tensor], other_name: str) -> list[Tensor]:
+            if how.op not in (Average, Sum):
+                raise ValueError(f"reducescatter: {how.op.name.lower()} has no gradient; use Average or Sum")
+            factor = how.prescale * how.postscale * (operation.negotiator.comm.size if how.op is Sum else 1)
+            scaled = [gradient * factor if factor != 1.0 else gradient for gradient in gradients]
+            return grouped_allgather(scaled, other_name, process_set)
 
-    results = carry_gradients(operation, inputs, run)
-    return [compression.decompress(result, context) for result, (_, context) in zip(results, pairs, strict=True)]
+        results = carry_gradients(operation, inputs, run)
+        return [compression.decompress(result, context) for result, (_, context) in zip(results, pairs, strict=True)]
 
 
 class _How(NamedTuple):
@@ -109,9 +111,8 @@ class _How(NamedTuple):
 
 
 def _start(operation: Operation, tensors: Sequence[Tensor], how: _How, finish: Callable[[list[Any]], Any]) -> int:
-    with operation.checked():
-        if how.op is ReduceOp.ADASUM:
-            raise ValueError("Reducescatter does not support Adasum, which combines whole tensors; use allreduce")
-        if any(tensor.dim() == 0 for tensor in tensors):
-            raise ValueError("Reducescatter does not support scalar inputs, got shape (); reshape the tensor")
+    if how.op is ReduceOp.ADASUM:
+        raise ValueError("Reducescatter does not support Adasum, which combines whole tensors; use allreduce")
+    if any(tensor.dim() == 0 for tensor in tensors):
+        raise ValueError("Reducescatter does not support scalar inputs, got shape (); reshape the tensor")
     return operation.start(tensors, finish, op=how.op.name.lower(), prescale=how.prescale, postscale=how.postscale)

@@ -11,6 +11,9 @@ until the step's gradients are synchronized.
 The first step is different: its backward pass shows in which order gradients come and which are sparse. The ranks
 then agree, lay out the buckets, and reduce all gradients at once. Nothing is communicated before.
 
+A step that ends half way on one rank, by an error or an interrupt, must not meet the next one on the others: that rank
+gives up averaging, on all ranks.
+
 A rank that has joined stands in: it takes part in steps without gradients. As steps are not negotiated, it is told of
 each one, but only while somebody has joined; see `mpitrain.negotiation.joining`.
 """
@@ -20,13 +23,14 @@ from __future__ import annotations
 import time
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import zip_longest
 
 import torch
 
 from mpitrain.collectives import Communicator
-from mpitrain.errors import CollectiveMismatchError
+from mpitrain.errors import CollectiveError, CollectiveMismatchError, CommRevokedError
 from mpitrain.memory import NodeArray, SharedDeviceArray, as_dtype
 from mpitrain.negotiation import Negotiator
 from mpitrain.torch.arguments import Reduction
@@ -68,6 +72,8 @@ class GradientReducer(BackwardPasses):
         self._before, self._after = reduction.factors(group.size)
         self._comm: Communicator | None = None
         self._is_standing_in = False
+        # Why nothing is averaged any more.
+        self._failure = ""
         self._named = NamedGradients(reduction)
         self._buckets: list[Bucket] = []
         self._next = 0
@@ -97,7 +103,8 @@ class GradientReducer(BackwardPasses):
 
         Raises:
             CollectiveMismatchError: Ranks have different parameters or arguments; on every rank, in the first step.
-            CommError: The ranks could not exchange messages.
+            CommError: The ranks could not exchange messages, or a step has failed on one of them, this one or an
+                earlier one.
             RuntimeError: The parameters belong to another reducer.
         """
         self.check_alive()
@@ -118,11 +125,8 @@ class GradientReducer(BackwardPasses):
         if self._arrivals is None:
             self._reduce([slot for slot in self._slots if not slot.has_arrived])
         else:
-            try:
+            with self._failing_together():
                 is_learned = self._learn(self._arrivals)
-            except BaseException:
-                self.end_step()
-                raise
             self._reduce(self._slots)
             # A step without a backward pass teaches nothing.
             self._arrivals = None if is_learned else []
@@ -140,9 +144,10 @@ class GradientReducer(BackwardPasses):
                 f"optimizer: cannot take on parameters while ranks {list(self._negotiator.steps.absent)} have joined; "
                 "add or unfreeze them in a step that all ranks make"
             )
-        added = self._add([pair for pair in parameters if pair[1] not in self._slot_of])
-        self._agree(added, [])
-        self._build([slot.position for slot in reversed(added)])
+        with self._failing_together():
+            added = self._add([pair for pair in parameters if pair[1] not in self._slot_of])
+            self._agree(added, [])
+            self._build([slot.position for slot in reversed(added)])
         self._reduce(added)
         # Where the new ones come among the others, the next step will tell.
         self._arrivals = []
@@ -155,6 +160,46 @@ class GradientReducer(BackwardPasses):
         self._buckets.clear()
         if comm is not None:
             comm.leave(reason)
+
+    @contextmanager
+    def _failing_together(self) -> Iterator[None]:
+        """Let a failure of the body be one on all ranks."""
+        if self._failure:
+            self.end_step()
+            raise CommRevokedError(
+                f"optimizer: averages gradients no more, {self._failure}; call shutdown and init to go on"
+            )
+        try:
+            yield
+        except CollectiveMismatchError:
+            # All ranks know, and nothing was started.
+            self.end_step()
+            raise
+        except BaseException as error:
+            self._let_go(error)
+            raise
+
+    def _fail(self, slots: Sequence[Slot], error: BaseException) -> None:
+        """Let a step that has failed here fail on all ranks; `slots` are those whose gradients it was to take."""
+        if not self._is_standing_in:
+            self._named.abandon([slot for slot in slots if slot.bucket < 0], error)
+        if self._buckets:
+            self._let_go(error)
+        # What travels by name goes on with the next step.
+        self.end_step()
+
+    def _let_go(self, error: BaseException) -> None:
+        """Average no more, on any rank; other ranks may still read what lies in the buckets."""
+        self._failure = f"as a step has failed with {type(error).__name__}: {error}"
+        (self._comm or self._group).revoke(self._failure)
+        for slot in self._slots:
+            if slot.bucket >= 0 and slot.param.grad is slot.view:
+                slot.param.grad = None
+        self._buckets, self._memory, self._next = [], {}, 0
+        self._named = NamedGradients(self._reduction)
+        # From here on gradients stay where they are.
+        self._arrivals = []
+        self.end_step()
 
     # What the first step settles
 
@@ -265,13 +310,17 @@ class GradientReducer(BackwardPasses):
             self._arrivals.append(slot.position)
             return
         recorder = self._group.engine.recorder
-        if recorder is None:
-            self._take(slot)
-        else:
-            began_ns = time.monotonic_ns()
-            self._take(slot)
-            self._backward.note_gradient(recorder, slot.name, began_ns)
-        self._launch()
+        try:
+            if recorder is None:
+                self._take(slot)
+            else:
+                began_ns = time.monotonic_ns()
+                self._take(slot)
+                self._backward.note_gradient(recorder, slot.name, began_ns)
+            self._launch()
+        except BaseException as error:
+            self._fail(self._slots, error)
+            raise
 
     def _reduce(self, missing: Sequence[Slot]) -> None:
         """Reduce all gradients, of which some have not been taken yet, to the end."""
@@ -280,9 +329,18 @@ class GradientReducer(BackwardPasses):
                 self._take(slot)
             self._launch()
             unchanged = [bucket.finish(self._after) for bucket in self._buckets]
-            self._named.finish()
-        finally:
             self._next = 0
+        except BaseException as error:
+            self._fail(missing, error)
+            raise
+        try:
+            self._named.finish()
+        except CollectiveError:
+            raise  # all others are handed out
+        except BaseException as error:
+            self._named.abandon((), error)
+            raise
+        finally:
             self.end_step()
         if not all(unchanged):
             warnings.warn(

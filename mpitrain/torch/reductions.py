@@ -61,8 +61,9 @@ def allreduce_async(
     process_set: ProcessSet = global_process_set,
 ) -> int:
     """Start an `allreduce`; returns a handle for `poll` and `synchronize`."""
-    how = _how(average, op, prescale_factor, postscale_factor)
-    return _start(Operation("allreduce", name, process_set), [tensor], how, only_result)
+    with Operation("allreduce", name, process_set) as operation:
+        how = _how(average, op, prescale_factor, postscale_factor)
+        return _start(operation, [tensor], how, only_result)
 
 
 def allreduce_async_(
@@ -75,8 +76,9 @@ def allreduce_async_(
     process_set: ProcessSet = global_process_set,
 ) -> int:
     """Start an `allreduce_`; returns a handle. The tensor must be left alone until it is synchronized."""
-    how = _how(average, op, prescale_factor, postscale_factor)
-    return _start(Operation("allreduce", name, process_set), [tensor], how, only_result, in_place=True)
+    with Operation("allreduce", name, process_set) as operation:
+        how = _how(average, op, prescale_factor, postscale_factor)
+        return _start(operation, [tensor], how, only_result, in_place=True)
 
 
 def allreduce(
@@ -110,10 +112,11 @@ def allreduce(
         HorovodInternalError: Ranks brought different things, or could not exchange messages; on every rank.
         ValueError: Bad argument, a dtype that the reduction is not defined for, or a name in flight.
     """
-    how = _how(average, op, prescale_factor, postscale_factor)
-    compressed, context = compression.compress(tensor)
-    (result,) = _reduce([compressed], name, how, process_set)
-    return compression.decompress(result, context)
+    with Operation("allreduce", name, process_set) as operation:
+        how = _how(average, op, prescale_factor, postscale_factor)
+        compressed, context = compression.compress(tensor)
+        (result,) = _reduce(operation, [compressed], how, process_set)
+        return compression.decompress(result, context)
 
 
 def allreduce_(
@@ -126,9 +129,9 @@ def allreduce_(
     process_set: ProcessSet = global_process_set,
 ) -> Tensor:
     """Reduce a tensor over all ranks in place; see `allreduce`."""
-    how = _how(average, op, prescale_factor, postscale_factor)
-    operation = Operation("allreduce", name, process_set)
-    return synchronize(_start(operation, [tensor], how, only_result, in_place=True))  # type: ignore[no-any-return]
+    with Operation("allreduce", name, process_set) as operation:
+        how = _how(average, op, prescale_factor, postscale_factor)
+        return synchronize(_start(operation, [tensor], how, only_result, in_place=True))  # type: ignore[no-any-return]
 
 
 def grouped_allreduce_async(
@@ -141,8 +144,9 @@ def grouped_allreduce_async(
     process_set: ProcessSet = global_process_set,
 ) -> int:
     """Start a `grouped_allreduce`; returns one handle, of a tuple."""
-    how = _how(average, op, prescale_factor, postscale_factor)
-    return _start(Operation("allreduce", name, process_set), tensors, how, tuple)
+    with Operation("allreduce", name, process_set) as operation:
+        how = _how(average, op, prescale_factor, postscale_factor)
+        return _start(operation, tensors, how, tuple)
 
 
 def grouped_allreduce_async_(
@@ -155,8 +159,9 @@ def grouped_allreduce_async_(
     process_set: ProcessSet = global_process_set,
 ) -> int:
     """Start a `grouped_allreduce_`; returns one handle, of a tuple. The tensors must be left alone until then."""
-    how = _how(average, op, prescale_factor, postscale_factor)
-    return _start(Operation("allreduce", name, process_set), tensors, how, tuple, in_place=True)
+    with Operation("allreduce", name, process_set) as operation:
+        how = _how(average, op, prescale_factor, postscale_factor)
+        return _start(operation, tensors, how, tuple, in_place=True)
 
 
 def grouped_allreduce(
@@ -170,10 +175,11 @@ def grouped_allreduce(
     process_set: ProcessSet = global_process_set,
 ) -> list[Tensor]:
     """Reduce several tensors together, all or none; see `allreduce`. `Adasum` combines each tensor by itself."""
-    how = _how(average, op, prescale_factor, postscale_factor)
-    pairs = [compression.compress(tensor) for tensor in tensors]
-    results = _reduce([compressed for compressed, _ in pairs], name, how, process_set)
-    return [compression.decompress(result, context) for result, (_, context) in zip(results, pairs, strict=True)]
+    with Operation("allreduce", name, process_set) as operation:
+        how = _how(average, op, prescale_factor, postscale_factor)
+        pairs = [compression.compress(tensor) for tensor in tensors]
+        results = _reduce(operation, [compressed for compressed, _ in pairs], how, process_set)
+        return [compression.decompress(result, context) for result, (_, context) in zip(results, pairs, strict=True)]
 
 
 def grouped_allreduce_(
@@ -186,9 +192,9 @@ def grouped_allreduce_(
     process_set: ProcessSet = global_process_set,
 ) -> tuple[Tensor, ...]:
     """Reduce several tensors together in place, all or none; see `allreduce`."""
-    how = _how(average, op, prescale_factor, postscale_factor)
-    operation = Operation("allreduce", name, process_set)
-    return synchronize(_start(operation, tensors, how, tuple, in_place=True))  # type: ignore[no-any-return]
+    with Operation("allreduce", name, process_set) as operation:
+        how = _how(average, op, prescale_factor, postscale_factor)
+        return synchronize(_start(operation, tensors, how, tuple, in_place=True))  # type: ignore[no-any-return]
 
 
 class _How(NamedTuple):
@@ -225,20 +231,25 @@ def _start(
     )
 
 
-def _reduce(tensors: Sequence[Tensor], name: str | None, how: _How, process_set: ProcessSet) -> Sequence[Tensor]:
-    operation = Operation("allreduce", name, process_set)
-
+def _reduce(operation: Operation, tensors: Sequence[Tensor], how: _How, process_set: ProcessSet) -> Sequence[Tensor]:
     def run() -> Sequence[Tensor]:
         return synchronize(_start(operation, tensors, how, list))  # type: ignore[no-any-return]
 
-    def reduce(others: Sequence[Tensor], other_name: str, op: ReduceOp) -> Sequence[Tensor]:
-        return _reduce(others, other_name, _How(op), process_set)
+    def reduce_again(others: Sequence[Tensor], other_name: str, how: _How) -> Sequence[Tensor]:
+        with Operation("allreduce", other_name, process_set) as other:
+            return _reduce(other, others, how, process_set)
 
     def run_linear() -> tuple[Sequence[Tensor], PullBack]:
-        return run(), lambda gradients, other_name: _reduce(gradients, other_name, how, process_set)
+        return run(), lambda gradients, other_name: reduce_again(gradients, other_name, how)
 
     if how.op in (Average, Sum, Adasum):
         return carry_gradients(operation, tensors, run_linear)
     return carry_nonlinear_gradients(
-        operation, tensors, run, reduce, op=how.op, prescale=how.prescale, postscale=how.postscale
+        operation,
+        tensors,
+        run,
+        lambda others, other_name, op: reduce_again(others, other_name, _How(op)),
+        op=how.op,
+        prescale=how.prescale,
+        postscale=how.postscale,
     )

@@ -8,12 +8,13 @@ import torch
 
 from mpitrain.errors import CollectiveMismatchError
 from mpitrain.memory import ReduceOp, parse_op
-from mpitrain.torch.gathers import grouped_allgather_async
+from mpitrain.torch.gathers import gathered_tensors
 from mpitrain.torch.handles import synchronize
 from mpitrain.torch.reductions import Average, Sum
+from mpitrain.torch.starting import Operation
 from mpitrain.torch.world import ProcessSet, global_process_set
 
-__all__ = ["sparse_allreduce_async"]
+__all__ = ["sparse_allreduce_async", "start_sparse_allreduce"]
 
 Tensor = torch.Tensor
 
@@ -38,7 +39,12 @@ def sparse_allreduce_async(
         ValueError: Bad argument, or a name in flight. The function raises `HorovodInternalError` if ranks brought
             different things, or could not exchange messages; on every rank.
     """
-    reduction = parse_op(op)
+    with Operation("allgather", name, process_set) as operation:
+        return start_sparse_allreduce(operation, tensor, parse_op(op))
+
+
+def start_sparse_allreduce(operation: Operation, tensor: Tensor, reduction: ReduceOp) -> Callable[[], Tensor]:
+    """Start it as an all-gather; see `sparse_allreduce_async`."""
     if reduction not in (Average, Sum):
         raise ValueError(f"sparse_allreduce_async: op must be Average or Sum, got {reduction.name.lower()}")
     if tensor.layout is not torch.sparse_coo:
@@ -47,9 +53,9 @@ def sparse_allreduce_async(
         )
     shape = torch.tensor([[*tensor.shape, tensor.sparse_dim()]])
     parts = [tensor._indices().T, tensor._values(), shape]  # noqa: SLF001  (the public ones want a coalesced tensor)
-    handle = grouped_allgather_async(parts, name, process_set)
-    size = process_set.size()
-    assert size is not None
+    # What is gathered has no reduction, but it must be the same on all ranks.
+    handle = operation.start(parts, gathered_tensors, op=reduction.name.lower())
+    size = operation.negotiator.comm.size
 
     def wait() -> Tensor:
         indices, values, shapes = synchronize(handle)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, final
 
 import torch
 
-from mpitrain.errors import MpitrainError
 from mpitrain.memory import check_op, dtype_of_torch, parse_op
 from mpitrain.torch.handles import register
 from mpitrain.torch.world import ProcessSet, negotiator_of
@@ -24,8 +23,17 @@ def only_result(results: list[Any]) -> Any:
     return results[0]
 
 
+@final
 class Operation:
-    """A named operation that this rank is about to start.
+    """A named operation that this rank is about to start, within a `with` block that prepares it and starts it.
+
+    Whatever raises in the block before the start, be it a bad argument, memory that is not to be had or an interrupt,
+    is announced as a refusal: the other ranks get an error instead of waiting.
+
+        with Operation("allgather", name, process_set) as operation:
+            handle = operation.start([prepared(tensor)], only_result)
+
+    A block may also check only, if what it has not refused is started under the same name afterwards.
 
     Args:
         collective: See `negotiation.Announcement`.
@@ -50,6 +58,20 @@ class Operation:
         # Unnamed operations carry no collective in their names: one that meets another kind is then a mismatch, not a
         # hang.
         self.name = self.negotiator.next_name() if name is None else f"{collective}.{name}"
+        self._is_announced = False
+
+    def __enter__(self) -> Operation:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None and not self._is_announced:
+            self.refuse(error)
+
+    def refuse(self, error: BaseException) -> None:
+        """Let the other ranks know that this one cannot take part, and why."""
+        self.negotiator.refuse(self.name, self.collective, f"{type(error).__name__}: {error}")
 
     def start(
         self,
@@ -72,32 +94,21 @@ class Operation:
             TypeError: Not a tensor.
             RuntimeError: Tensors on different devices.
         """
-        with self.checked():
-            for tensor in tensors:
-                _check(tensor, self.collective, details)
-            if len({tensor.device for tensor in tensors}) > 1:
-                devices = sorted({str(tensor.device) for tensor in tensors})
-                raise RuntimeError(f"Tensors in list must be on same device, got {', '.join(devices)}; move them")
-            inputs = [tensor.detach() for tensor in tensors]
-            if in_place and not all(tensor.is_contiguous() for tensor in inputs):
-                # The result is made in a contiguous copy and written back.
-                finish = functools.partial(_write_back, list(tensors), finish)
-                inputs = [tensor.contiguous() for tensor in inputs]
-            elif in_place:
-                finish = functools.partial(_return_own, list(tensors), finish)
-            handle = self.negotiator.start(self.name, self.collective, inputs, in_place=in_place, **details)
+        for tensor in tensors:
+            _check(tensor, self.collective, details)
+        if len({tensor.device for tensor in tensors}) > 1:
+            devices = sorted({str(tensor.device) for tensor in tensors})
+            raise RuntimeError(f"Tensors in list must be on same device, got {', '.join(devices)}; move them")
+        inputs = [tensor.detach() for tensor in tensors]
+        if in_place and not all(tensor.is_contiguous() for tensor in inputs):
+            # The result is made in a contiguous copy and written back.
+            finish = functools.partial(_write_back, list(tensors), finish)
+            inputs = [tensor.contiguous() for tensor in inputs]
+        elif in_place:
+            finish = functools.partial(_return_own, list(tensors), finish)
+        handle = self.negotiator.start(self.name, self.collective, inputs, in_place=in_place, **details)
+        self._is_announced = True
         return register(handle, finish)
-
-    @contextlib.contextmanager
-    def checked(self) -> Iterator[None]:
-        """Check arguments within: if they are unusable, the other ranks get an error as well."""
-        try:
-            yield
-        except MpitrainError:
-            raise
-        except (ValueError, TypeError, RuntimeError) as error:
-            self.negotiator.refuse(self.name, self.collective, f"{type(error).__name__}: {error}")
-            raise
 
 
 def _check(tensor: Tensor, collective: str, details: dict[str, Any]) -> None:

@@ -9,8 +9,10 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mpitrain.torch.gathers import allgather
+from mpitrain.torch.gathers import only_gathered
+from mpitrain.torch.handles import synchronize
 from mpitrain.torch.reductions import Sum, allreduce
+from mpitrain.torch.starting import Operation
 from mpitrain.torch.world import ProcessSet, global_process_set
 
 __all__ = ["SyncBatchNorm"]
@@ -64,10 +66,11 @@ class SyncBatchNorm(_BatchNorm):
             HorovodInternalError: Ranks have different numbers of channels, or could not exchange messages; on every
                 rank.
         """
-        self._check_input_dim(input)
         uses_batch = self.training or self.running_mean is None
         if not uses_batch or self.process_set.size() == 1 or self._is_outside():
             return super().forward(input)
+        with _gathering_statistics(self.process_set):
+            self._check_input_dim(input)
         factor = self._count_batch() if self.training and self.track_running_stats else 0.0
         arguments = input, self.weight, self.bias, self.eps, self.process_set
         output, mean, variance, total = _Normalize.apply(*arguments)  # type: ignore[no-untyped-call]
@@ -171,16 +174,21 @@ class _Normalize(torch.autograd.Function):
         return grad_input, grad_weight, grad_bias, None, None
 
 
+def _gathering_statistics(process_set: ProcessSet) -> Operation:
+    return Operation("allgather", "sync_batch_norm.statistics", process_set)
+
+
 def _statistics(inputs: Tensor, process_set: ProcessSet) -> tuple[Tensor, Tensor, int]:
     """Return mean and variance of each channel, and the number of values per channel, over the inputs of all ranks."""
-    count = inputs.shape[0] * math.prod(inputs.shape[2:])
-    mine = torch.zeros(3, inputs.shape[1], dtype=torch.float64)
-    if count:
-        variance, mean = torch.var_mean(inputs, _reduced_dims(inputs), correction=0)
-        mine[0], mine[1] = mean, variance * count
-        mine[2] = count
-    # Means and sums of squared deviations from them: sums of squares would lose what is small beside the mean.
-    everybodys = allgather(mine[None], "sync_batch_norm.statistics", process_set)
+    with _gathering_statistics(process_set) as operation:
+        count = inputs.shape[0] * math.prod(inputs.shape[2:])
+        mine = torch.zeros(3, inputs.shape[1], dtype=torch.float64)
+        if count:
+            variance, mean = torch.var_mean(inputs, _reduced_dims(inputs), correction=0)
+            mine[0], mine[1] = mean, variance * count
+            mine[2] = count
+        # Means and sums of squared deviations from them: sums of squares would lose what is small beside the mean.
+        everybodys = synchronize(operation.start([mine[None]], only_gathered))
     means, squares, counts = everybodys.unbind(1)
     total = int(counts[:, 0].sum())
     if total == 1:

@@ -69,20 +69,16 @@ def init(
     global _world, _predecessor, _last_init  # noqa: PLW0603  (the one default communicator of the process)
     if _world is not None:
         return
-    sets = [] if process_sets is None or process_sets == "dynamic" else process_sets
-    if isinstance(sets, str):
-        raise ValueError(f'process_sets: must be process sets or "dynamic", got {sets!r}')  # noqa: TRY004  (a bad word)
-    made = [_as_process_set(process_set) for process_set in sets]
-    _last_init = functools.partial(init, comm, made, settings=settings)
     _world = World(Communicator.from_mpi(comm, settings=settings))
     _world.succeed(_predecessor)
     _predecessor = None
     global_process_set.mpi_comm = None if comm is None or isinstance(comm, Sequence) else comm
     try:
-        _world.add(made)
-    except ValueError:
+        made = _world.add([] if process_sets is None or process_sets == "dynamic" else process_sets)
+    except Exception:
         shutdown()
         raise
+    _last_init = functools.partial(init, comm, made, settings=settings)
     if _world.comm.rank == 0:
         _name_unused_variables()
 
@@ -181,9 +177,7 @@ def add_process_set(process_set: ProcessSet | Iterable[int] | MPI.Comm) -> Proce
         ValueError: Ranks out of range or repeated, a set of these ranks exists, or ranks passed different sets;
             on every rank.
     """
-    current = _initialized()
-    made = _as_process_set(process_set)
-    current.add([made])
+    (made,) = _initialized().add([process_set])
     return made
 
 
@@ -203,10 +197,6 @@ def remove_process_set(process_set: ProcessSet) -> bool:
     for removed in agreed_removals(numbers, current.process_sets):
         current.free(current.process_sets[removed])
     return numbers[current.comm.rank] is not None
-
-
-def _as_process_set(process_set: ProcessSet | Iterable[int] | MPI.Comm) -> ProcessSet:
-    return process_set if isinstance(process_set, ProcessSet) else ProcessSet(process_set)
 
 
 def size() -> int:

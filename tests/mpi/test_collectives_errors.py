@@ -11,6 +11,7 @@ from mpi4py import MPI
 from mpitrain.collectives import Communicator
 from mpitrain.config import Settings
 from mpitrain.errors import (
+    CollectiveError,
     CollectiveMismatchError,
     CommError,
     CommRevokedError,
@@ -47,7 +48,7 @@ def unchecked(comm, **settings):
 
 def call(comm, form, array, **options):
     answer = getattr(comm, form)(array, **options)
-    return answer.wait(20) if form.endswith("async") else answer
+    return answer.wait(20) if "async" in form else answer
 
 
 @pytest.mark.parametrize("form", ["allreduce", "allreduce_async"])
@@ -161,3 +162,58 @@ def test_nothing_is_sent_after_mpi_has_ended(doomed, monkeypatch):
     doomed.leave("has finished")
     monkeypatch.undo()
     doomed.barrier()
+
+
+def test_what_has_failed_on_one_rank_is_not_made_of_what_comes_after_it(doomed):
+    # Started while the last rank is late, so that the first one fails with others waiting for its turn.
+    comm = doomed.duplicate(doomed.settings.replace(shared_memory=False))
+    if comm.rank == comm.size - 1:
+        time.sleep(0.1)
+    handles = [comm.allreduce_async_(np.full(2, turn), algorithm="native") for turn in range(3)]
+    if comm.rank == 0:
+        # The comparison of descriptions is under way by now, and is what MPI calls first.
+        comm.transport.native.allreduce = failing_native
+    errors = [outcome(lambda: handle.wait(20)) for handle in handles]  # noqa: B023
+    assert all(isinstance(error, CommError) for error in errors), errors
+    assert all("no room" in str(error) for error in errors)
+
+
+def failing_native(*_arguments, **_options):
+    raise CommError("no room")
+
+
+@pytest.mark.parametrize("shared_memory", [True, False])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_blocking_and_asynchronous_forms_do_not_meet(doomed, algorithm, shared_memory):
+    comm = doomed.duplicate(doomed.settings.replace(shared_memory=shared_memory))
+    for form in ("allreduce", "allreduce_async", "allreduce"):
+        assert call(comm, form, np.ones(5), algorithm=algorithm).tolist() == [comm.size] * 5
+    form = "allreduce_async" if comm.rank == 0 else "allreduce"
+    error = outcome(lambda: call(comm, form, np.ones(5), algorithm=algorithm))
+    assert isinstance(error, CollectiveMismatchError if not shared_memory else CollectiveError), error
+    assert "asynchronous" in str(error)
+    if not shared_memory:
+        # Nothing was started.
+        handles = [comm.allreduce_async(np.full(5, turn), algorithm=algorithm) for turn in range(20)]
+        assert comm.allreduce(np.ones(5), algorithm=algorithm).tolist() == [comm.size] * 5
+        assert [float(handle.wait(20)[0]) for handle in handles] == [turn * comm.size for turn in range(20)]
+
+
+@pytest.mark.parametrize("form", ["allreduce_", "allreduce_async_"])
+@pytest.mark.parametrize("count", [3, 100_000])
+def test_different_shared_arrays_are_an_error_on_every_rank(comm, count, form):
+    first, second = (comm.allocate(count, "float32") for _ in range(2))
+    for _ in range(2):
+        with pytest.raises(CollectiveMismatchError, match=" in array "):
+            call(comm, form, second if comm.rank == 0 else first)
+        first.flat[:] = comm.rank + 1
+        call(comm, form, first)
+        assert set(first.flat.tolist()) == {comm.size * (comm.size + 1) / 2}
+
+
+def test_bad_arguments_of_one_rank_for_an_allocation_are_an_error_on_every_rank(comm):
+    with pytest.raises(TypeError if comm.rank == 0 else CollectiveMismatchError):
+        comm.allocate(5, "float31" if comm.rank == 0 else "float32")
+    with pytest.raises(CollectiveMismatchError, match="allocation of float32"):
+        comm.allocate(5 + comm.rank, "float32")
+    assert comm.allocate(5, "float32").shape == (5,)

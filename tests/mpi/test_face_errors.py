@@ -121,18 +121,104 @@ def test_tensors_that_cannot_be_communicated():
     assert_usable()
 
 
+def optimizer_of(**options):
+    return torch.optim.SGD([torch.ones(2)], lr=0.1, **options)
+
+
+def raises(error):
+    raise error
+
+
+class Unwilling(hvd.Compression.none):
+    @staticmethod
+    def compress(tensor):
+        return raises(ArithmeticError("not today")) if is_odd() else (tensor, None)
+
+
+SUMS = {
+    "allreduce": lambda **options: hvd.allreduce(torch.ones(4), **options),
+    "allreduce_": lambda **options: hvd.allreduce_(torch.ones(4), **options),
+    "allreduce_async": lambda **options: hvd.synchronize(hvd.allreduce_async(torch.ones(4), **options)),
+    "allreduce_async_": lambda **options: hvd.synchronize(hvd.allreduce_async_(torch.ones(4), **options)),
+    "grouped": lambda **options: hvd.grouped_allreduce([torch.ones(4)], **options),
+    "grouped in place": lambda **options: hvd.grouped_allreduce_([torch.ones(4)], **options),
+    "grouped async": lambda **options: hvd.synchronize(hvd.grouped_allreduce_async([torch.ones(4)], **options)),
+    "grouped async in place": lambda **options: hvd.synchronize(
+        hvd.grouped_allreduce_async_([torch.ones(4)], **options)
+    ),
+    "reducescatter": lambda **options: hvd.reducescatter(torch.ones(4), **options),
+    "reducescatter async": lambda **options: hvd.synchronize(hvd.reducescatter_async(torch.ones(4), **options)),
+    "grouped reducescatter": lambda **options: hvd.grouped_reducescatter([torch.ones(4)], **options),
+    "grouped reducescatter async": lambda **options: hvd.synchronize(
+        hvd.grouped_reducescatter_async([torch.ones(4)], **options)
+    ),
+    "sparse": lambda op, tensor=None: hvd.sparse_allreduce_async(
+        torch.eye(3).to_sparse() if tensor is None else tensor, "a", op
+    )(),
+}
+
 UNUSABLE_HERE = {
+    **{
+        f"op of {name}": (lambda call=call: call(op="median" if is_odd() else hvd.Sum), ValueError)
+        for name, call in SUMS.items()
+    },
+    **{
+        f"factor of {name}": (
+            lambda call=call: call(op=hvd.Sum, prescale_factor="double" if is_odd() else 2.0, name="a"),
+            ValueError,
+        )
+        for name, call in SUMS.items()
+        if name != "sparse"
+    },
+    "op and average": (lambda: hvd.allreduce(torch.ones(2), average=is_odd() or None, op=hvd.Sum), ValueError),
+    "compression": (lambda: hvd.allreduce(torch.ones(2), compression=Unwilling), ArithmeticError),
+    "compression of several": (
+        lambda: hvd.grouped_reducescatter([torch.ones(4)], compression=Unwilling),
+        ArithmeticError,
+    ),
+    "layout": (
+        lambda: SUMS["sparse"](hvd.Sum, tensor=torch.eye(3) if is_odd() else torch.eye(3).to_sparse()),
+        ValueError,
+    ),
     "splits": (lambda: hvd.alltoall(torch.ones(4 * hvd.size()), splits=[5 * is_odd()] * hvd.size()), ValueError),
+    "rows": (lambda: hvd.alltoall(3 if is_odd() else torch.ones(hvd.size())), AttributeError),
     "root": (lambda: hvd.broadcast(torch.ones(2), -int(is_odd())), ValueError),
     "root in place": (lambda: hvd.broadcast_(torch.ones(2), -int(is_odd()), name="a"), ValueError),
+    "root of parameters": (lambda: hvd.broadcast_parameters({"a": torch.ones(2)}, -int(is_odd())), ValueError),
+    "parameters": (lambda: hvd.broadcast_parameters(3 if is_odd() else {"a": torch.ones(2)}, 0), ValueError),
+    "root of optimizer state": (lambda: hvd.broadcast_optimizer_state(optimizer_of(), -int(is_odd())), ValueError),
+    "optimizer of the root": (
+        lambda: hvd.broadcast_optimizer_state(None if is_odd() else optimizer_of(), hvd.size() - 1),
+        AttributeError,
+    ),
+    "root of an object": (lambda: hvd.broadcast_object({"a": 1}, -int(is_odd()), name="a"), ValueError),
+    "root of an object without a name": (lambda: hvd.broadcast_object({"a": 1}, -int(is_odd())), ValueError),
     "dtype": (lambda: hvd.allreduce(torch.ones(2).to(torch.float8_e5m2 if is_odd() else torch.float32)), ValueError),
     "scalar": (lambda: hvd.reducescatter(torch.tensor(1.0) if is_odd() else torch.ones(4), name="a"), ValueError),
     "no tensor": (lambda: hvd.grouped_allreduce([torch.ones(2), 3 if is_odd() else torch.ones(1)]), TypeError),
+    "no tensors": (lambda: hvd.grouped_allgather(3 if is_odd() else [torch.ones(1)]), TypeError),
     "devices": (
         lambda: hvd.grouped_allgather([torch.ones(2), torch.ones(2, device="meta" if is_odd() else "cpu")]),
         RuntimeError,
     ),
+    "channels": (lambda: hvd.SyncBatchNorm(3)(torch.rand(4, 3 + is_odd())), ValueError),
+    "memory": (lambda: hvd.allgather(torch.ones(2) if not is_odd() else Huge()), MemoryError),
+    "an interrupt": (lambda: hvd.allgather(torch.ones(2) if not is_odd() else Interrupting()), KeyboardInterrupt),
 }
+
+
+class Huge(torch.Tensor):
+    """Its copy is too large."""
+
+    def detach(self):
+        raise MemoryError("out of memory")
+
+
+class Interrupting(torch.Tensor):
+    """The user presses Ctrl-C while it is prepared."""
+
+    def detach(self):
+        raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("case", UNUSABLE_HERE)
@@ -150,6 +236,13 @@ def test_unusable_arguments_of_one_rank_are_an_error_on_every_rank(case):
             assert f"with unusable arguments: {error.__name__}: " in str(caught.value)
         # Operations without a name are still matched.
         assert_usable()
+
+
+def test_sparse_sums_and_averages_do_not_meet():
+    tensor = torch.eye(3).to_sparse()
+    with pytest.raises(hvd.HorovodInternalError, match="Mismatched reduction operation"):
+        hvd.sparse_allreduce_async(tensor, "a", hvd.Sum if is_odd() else hvd.Average)()
+    assert_usable()
 
 
 @pytest.mark.parametrize("leaver", ["first", "last"])

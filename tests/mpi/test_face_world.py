@@ -326,6 +326,37 @@ def test_unusable_process_sets_are_errors_on_every_rank(world):
 
 
 @pytest.mark.mpi(min_size=2)
+def test_process_sets_that_are_unusable_on_one_rank_are_an_error_on_every_rank(world):
+    for unusable in ("ab", 3):
+        with pytest.raises(ValueError, match="ProcessSet should be initialized with a list"):
+            hvd.add_process_set(unusable if world.rank == 1 else [0])
+    assert hvd.add_process_set([0]).process_set_id == 1
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("unusable", ["static", [3.5], 7])
+def test_process_sets_of_init_that_are_unusable_on_one_rank_are_an_error_on_every_rank(unusable):
+    rank = MPI.COMM_WORLD.rank
+    with pytest.raises((ValueError, TypeError)) as caught:
+        hvd.init(process_sets=unusable if rank == 1 else [[0]])
+    assert rank == 1 or "got an error on rank 1: " in str(caught.value)
+    assert not hvd.is_initialized()
+
+
+@pytest.mark.mpi(min_size=2)
+def test_an_environment_that_is_unusable_on_one_rank_is_an_error_on_every_rank(monkeypatch):
+    rank = MPI.COMM_WORLD.rank
+    if rank == 1:
+        monkeypatch.setenv("MPITRAIN_TIMEOUT_S", "soon")
+    with pytest.raises(ValueError if rank == 1 else hvd.HorovodInternalError, match="MPITRAIN_TIMEOUT_S"):
+        hvd.init()
+    monkeypatch.undo()
+    hvd.init()
+    assert hvd.allreduce(torch.ones(1), op=hvd.Sum).item() == hvd.size()
+    hvd.shutdown()
+
+
+@pytest.mark.mpi(min_size=2)
 def test_process_sets_end_with_shutdown(world):
     made = hvd.add_process_set([0])
     hvd.shutdown()

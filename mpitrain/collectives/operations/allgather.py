@@ -12,7 +12,7 @@ from mpitrain.collectives.executor import Task
 from mpitrain.collectives.layout import Layout
 from mpitrain.collectives.plan import Call, Plan
 from mpitrain.collectives.selection import DIRECT, NATIVE
-from mpitrain.memory import SharedArray, allocate_like, flat_view
+from mpitrain.memory import allocate_like, flat_view
 
 __all__ = ["plan_allgather"]
 
@@ -45,10 +45,10 @@ def plan_allgather(
     counts = tuple(row * row_count for row in all_rows)
     layout = Layout.packed(counts)
     nbytes = sum(counts) * dtype.itemsize
-    in_window = isinstance(array, SharedArray) and array.is_shared
-    name = context.choose("allgather", algorithm, nbytes, blocking=blocking, in_window=in_window)
+    place = context.place_of(array)
+    name = context.choose("allgather", algorithm, nbytes, blocking=blocking, in_window=bool(place))
     shape = [list(all_rows) if rows is not None else own_rows, *rest]
-    description = f"allgather of {dtype} {shape} by {name}"
+    description = f"allgather of {dtype} {shape}{place} by {name}"
     if name == DIRECT:
         gathered = allocate_like(array, (sum(all_rows), *rest))
         exchange = Allgather(context.rank, view.data, flat_view(gathered, writable=True).data, layout)

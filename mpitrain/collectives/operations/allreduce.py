@@ -55,16 +55,16 @@ def plan_allreduce(
     op = context.check_reduction("allreduce", op, dtype)
     if algorithm == "auto":
         algorithm = context.settings.algorithm
-    in_window = isinstance(array, SharedArray) and array.is_shared and in_place
-    name = context.choose("allreduce", algorithm, view.nbytes, blocking=blocking, in_window=in_window)
-    description = f"allreduce {op.name.lower()} of {dtype} {list(view.shape)} by {name}"
+    place = context.place_of(array) if in_place else ""
+    name = context.choose("allreduce", algorithm, view.nbytes, blocking=blocking, in_window=bool(place))
+    description = f"allreduce {op.name.lower()} of {dtype} {list(view.shape)}{place} by {name}"
     if name == context.available.shared:
         if blocking and context.meeting is not None and view.nbytes <= context.meeting.slot_nbytes:
             small = SmallAllreduce(context.meeting, Reduction(dtype, op, context.size), view.count)
             # What is in shared memory already is not copied there, if it takes two exchanges anyway.
-            if small.is_whole or not in_window:
+            if small.is_whole or not place:
                 return _plan_at_meeting(small, view, description)
-        return _plan_in_node(context, array if in_window else None, view, op, description)
+        return _plan_in_node(context, array if place else None, view, op, description)
     uses_native = name == NATIVE
     if not uses_native:
         counts = even_counts(view.count, context.num_chunks("allreduce", name, view.nbytes))
@@ -106,9 +106,9 @@ def _plan_in_node(
             yield from context.run_staged(view.data, reduction, call)
         return view.owner
 
-    place = "in shared memory" if shared is not None else "through staging memory"
+    way = "in shared memory" if shared is not None else "through staging memory"
     return Plan(
-        f"{description} {place}",
+        f"{description} {way}",
         task,
         uses_staging=shared is None,
         uses_flags=True,

@@ -10,7 +10,7 @@ from mpitrain.collectives.executor import Task
 from mpitrain.collectives.layout import Layout, even_counts
 from mpitrain.collectives.plan import Call, Plan
 from mpitrain.collectives.selection import DIRECT, NATIVE
-from mpitrain.memory import SharedArray, copy_of, flat_view
+from mpitrain.memory import copy_of, flat_view
 
 __all__ = ["plan_broadcast"]
 
@@ -40,9 +40,9 @@ def plan_broadcast(
     context.check_root("broadcast", root)
     view = flat_view(array if in_place else copy_of(array), writable=context.rank != root)
     dtype = view.dtype
-    in_window = isinstance(array, SharedArray) and array.is_shared and in_place
-    name = context.choose("broadcast", algorithm, view.nbytes, blocking=blocking, in_window=in_window)
-    description = f"broadcast of {dtype} {list(view.shape)} from root {root} by {name}"
+    place = context.place_of(array) if in_place else ""
+    name = context.choose("broadcast", algorithm, view.nbytes, blocking=blocking, in_window=bool(place))
+    description = f"broadcast of {dtype} {list(view.shape)}{place} from root {root} by {name}"
     if name == DIRECT:
         exchange = Broadcast(context.rank, root, view.data)
         return plan_exchange(

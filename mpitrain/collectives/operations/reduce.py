@@ -11,7 +11,7 @@ from mpitrain.collectives.layout import Layout, even_counts
 from mpitrain.collectives.plan import Call, Plan
 from mpitrain.collectives.reduction import Reduction
 from mpitrain.collectives.selection import DIRECT, NATIVE
-from mpitrain.memory import ReduceOp, SharedArray, allocate_like, flat_view
+from mpitrain.memory import ReduceOp, allocate_like, flat_view
 
 __all__ = ["plan_reduce"]
 
@@ -34,9 +34,9 @@ def plan_reduce(
     given = flat_view(array)
     dtype = given.dtype
     op = context.check_reduction("reduce", op, dtype)
-    in_window = isinstance(array, SharedArray) and array.is_shared
-    name = context.choose("reduce", algorithm, given.nbytes, blocking=blocking, in_window=in_window)
-    description = f"reduce {op.name.lower()} of {dtype} {list(given.shape)} to root {root} by {name}"
+    place = context.place_of(array)
+    name = context.choose("reduce", algorithm, given.nbytes, blocking=blocking, in_window=bool(place))
+    description = f"reduce {op.name.lower()} of {dtype} {list(given.shape)}{place} to root {root} by {name}"
     if name == DIRECT:
         reduced = allocate_like(array, given.shape) if context.rank == root else None
         total = None if reduced is None else flat_view(reduced, writable=True).data

@@ -12,7 +12,7 @@ from mpitrain.collectives.layout import Layout, even_counts
 from mpitrain.collectives.plan import Call, Plan
 from mpitrain.collectives.reduction import Reduction
 from mpitrain.collectives.selection import DIRECT, NATIVE
-from mpitrain.memory import ReduceOp, SharedArray, allocate_like, flat_view
+from mpitrain.memory import ReduceOp, allocate_like, flat_view
 
 __all__ = ["plan_reduce_scatter"]
 
@@ -36,9 +36,9 @@ def plan_reduce_scatter(
     row_count = math.prod(view.shape[1:])
     counts = tuple(row * row_count for row in rows)
     layout = Layout.packed(counts)
-    in_window = isinstance(array, SharedArray) and array.is_shared
-    name = context.choose("reduce_scatter", algorithm, view.nbytes, blocking=blocking, in_window=in_window)
-    description = f"reduce_scatter {op.name.lower()} of {dtype} {list(view.shape)} by {name}"
+    place = context.place_of(array)
+    name = context.choose("reduce_scatter", algorithm, view.nbytes, blocking=blocking, in_window=bool(place))
+    description = f"reduce_scatter {op.name.lower()} of {dtype} {list(view.shape)}{place} by {name}"
     if name == DIRECT:
         scattered = allocate_like(array, (rows[context.rank], *view.shape[1:]))
         reduction = Reduction(dtype, op, context.size)

@@ -43,7 +43,7 @@ class SharedDeviceArray(NodeArray):
         return cls(dtype, shape, [flat], 0, None)
 
     @property
-    def place(self) -> str:
+    def device_name(self) -> str:
         return f"cuda:{self.device}"
 
     def new(self, shape: tuple[int, ...]) -> SharedDeviceArray:

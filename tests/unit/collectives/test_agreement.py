@@ -7,7 +7,7 @@ import pytest
 
 from mpitrain.collectives.agreement import _ranges
 from mpitrain.config import Settings
-from mpitrain.errors import CollectiveMismatchError
+from mpitrain.errors import CollectiveError, CollectiveMismatchError
 from tests.support.ranks import SETTINGS, outcome, run_communicators
 
 torch = pytest.importorskip("torch")
@@ -173,7 +173,7 @@ def test_mistake_of_one_rank_is_an_error_on_every_rank(mistake, form):
     assert type(results[1][0]) is kind
     for rank in (0, 2):
         assert type(results[rank][0]) is CollectiveMismatchError
-        assert f"ranks 1: bad argument: {kind.__name__}" in str(results[rank][0])
+        assert f"ranks 1: cannot call: {kind.__name__}" in str(results[rank][0])
     assert all(usable for _, usable in results)
 
 
@@ -273,3 +273,51 @@ def test_late_rank_does_not_hurt():
         return float(comm.allreduce(np.array(1.0)))
 
     assert run_communicators(3, body) == [3.0] * 3
+
+
+FORMS_THAT_DO_NOT_MEET = {
+    "array": (lambda comm: comm.allreduce(np.ones(5)), lambda comm: comm.allreduce_async(np.ones(5))),
+    "large array": (
+        lambda comm: comm.allreduce_(np.ones(300_000)),
+        lambda comm: comm.allreduce_async_(np.ones(300_000)),
+    ),
+    "rows": (lambda comm: comm.allgather(np.ones(5)), lambda comm: comm.allgather_async(np.ones(5))),
+    "barrier": (lambda comm: comm.barrier(), lambda comm: comm.barrier_async()),
+    "broadcast": (
+        lambda comm: comm.broadcast(np.ones(5), root=1),
+        lambda comm: comm.broadcast_async(np.ones(5), root=1),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", FORMS_THAT_DO_NOT_MEET)
+@pytest.mark.parametrize(("size", "ranks_per_node"), [(2, None), (4, None), (3, 2)])
+def test_a_blocking_form_does_not_meet_an_asynchronous_one(what, size, ranks_per_node):
+    blocking, asynchronous = FORMS_THAT_DO_NOT_MEET[what]
+
+    def body(comm):
+        for _ in range(3):
+            blocking(comm)
+            asynchronous(comm).wait(SOON_S)
+        return outcome(lambda: asynchronous(comm).wait(SOON_S) if comm.rank == 1 else blocking(comm))
+
+    errors = run_communicators(size, body, ranks_per_node=ranks_per_node)
+    assert all(isinstance(error, CollectiveError) for error in errors), errors
+    assert all("asynchronous" in str(error) for error in errors)
+
+
+@pytest.mark.parametrize("what", FORMS_THAT_DO_NOT_MEET)
+def test_a_blocking_form_does_not_meet_the_one_after_an_asynchronous_one(what):
+    blocking, asynchronous = FORMS_THAT_DO_NOT_MEET[what]
+
+    def body(comm):
+        for _ in range(2):
+            blocking(comm)
+        # Rank 1 comes to its next call, which waits, while the others wait in the one before.
+        handle = asynchronous(comm) if comm.rank == 1 else None
+        errors = [outcome(lambda: blocking(comm))]
+        return errors + ([outcome(lambda: handle.wait(SOON_S))] if handle else [])
+
+    for errors in run_communicators(3, body):
+        assert all(isinstance(error, CollectiveError) for error in errors), errors
+        assert all("asynchronous form" in str(error) for error in errors)

@@ -207,7 +207,7 @@ def test_rank_that_leaves_in_the_middle_of_an_operation_gives_the_communicator_u
             comm.leave("has failed with ValueError: test")
             return None
         time.sleep(0.05)
-        first = outcome(lambda: comm.allreduce(np.ones(10)))
+        first = outcome(lambda: comm.allreduce_async(np.ones(10)).wait(SOON_S))
         return first if isinstance(first, Exception) else outcome(comm.barrier)
 
     results = soon(3, body, rendezvous=True)

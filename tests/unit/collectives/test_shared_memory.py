@@ -8,14 +8,17 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from mpitrain.collectives import Communicator
-from mpitrain.errors import UnavailableError
-from tests.support.ranks import SETTINGS, run_communicators
+from mpitrain.collectives import Communicator, Handle
+from mpitrain.errors import CollectiveError, CollectiveMismatchError, UnavailableError
+from mpitrain.memory import SharedArray, as_dtype
+from tests.support.ranks import SETTINGS, outcome, run_communicators
 
 MPIRUN = Path(sys.executable).parent / "mpirun"
 LIMIT_S = 60.0
@@ -153,3 +156,114 @@ def test_one_node_without_memory_is_enough_for_all(caplog: pytest.LogCaptureFixt
         results = run_communicators(4, body, ranks_per_node=2, settings=SETTINGS)
     assert results == [(False, np.full(8, 6.0).tolist())] * 4
     assert "full; going on with private memory" in caplog.text
+
+
+def told_apart(comm: Communicator, first: Any, second: Any, form: str, **options: Any) -> None:
+    """Rank 0 passes the first array, the others the second; then all pass the same one."""
+    error = outcome(lambda: waited(getattr(comm, form)(first if comm.rank == 0 else second, **options)))
+    assert isinstance(error, CollectiveMismatchError), error
+    assert " in array " in str(error)
+    waited(getattr(comm, form)(first, **options))
+
+
+def waited(result: Any) -> Any:
+    return result.wait(20) if isinstance(result, Handle) else result
+
+
+FORMS = {
+    "allreduce_": {"op": "max"},
+    "allreduce_async_": {},
+    "reduce": {"root": 1},
+    "reduce_async": {},
+    "reduce_scatter": {},
+    "allgather": {},
+    "broadcast_": {"root": 1},
+    "broadcast_async_": {},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("size", "count"), [(2, 5), (3, 50_000), (4, 7)])
+def test_different_shared_arrays_are_told_apart(form: str, size: int, count: int) -> None:
+    def body(comm: Communicator) -> None:
+        first, second = (comm.allocate(count, "float32") for _ in range(2))
+        whole = comm.allocate(3 * count + 64, "float32")
+        parts = [whole.part(as_dtype("float32"), offset, count) for offset in (0, 64)]
+        options = {"algorithm": "direct", **FORMS[form]}
+        for _ in range(2):
+            # The second time such calls have been seen before.
+            told_apart(comm, first, second, form, **options)
+            told_apart(comm, *parts, form, **options)
+        first.flat[:] = comm.rank
+        comm.duplicate().allreduce_(first, algorithm="direct")
+        assert first.flat.tolist() == [sum(range(size))] * count
+
+    run_communicators(size, body)
+
+
+@pytest.mark.parametrize("count", [5, 50_000])
+def test_shared_arrays_of_other_ranks_are_ordinary_ones(count: int) -> None:
+    def body(comm: Communicator) -> None:
+        # The same ranks in another order, and only some of them.
+        for color, key in ((0, -comm.rank), (comm.rank % 2, 0)):
+            part = comm.split(color, key)
+            assert part is not None
+            array = part.allocate(count, "float32")
+            for form in ("allreduce_", "allreduce_async_"):
+                array.flat[:] = comm.rank + 1
+                waited(getattr(comm, form)(array))
+                assert array.flat.tolist() == [6.0] * count
+            array.flat[:] = comm.rank + 1
+            assert comm.allgather(array).flat.tolist() == [value for value in (1.0, 2.0, 3.0) for _ in range(count)]
+            own = comm.allocate(count, "float32")
+            error = outcome(lambda: comm.allreduce_(own if comm.rank == 2 else array))  # noqa: B023
+            assert isinstance(error, CollectiveMismatchError)
+
+    run_communicators(3, body)
+
+
+MISTAKES = {
+    "dtype": (lambda odd: (7, "float31" if odd else "float32"), TypeError),
+    "shape": (lambda odd: ("seven" if odd else 7, "float32"), TypeError),
+    "negative": (lambda odd: ((3, -1) if odd else (3, 1), "float32"), ValueError),
+    "difference": (lambda odd: (7 + odd, "float32"), CollectiveMismatchError),
+    "difference of dtype": (lambda odd: (7, "int32" if odd else "float32"), CollectiveMismatchError),
+    "memory": (lambda odd: (1 << 58 if odd else 7, "float32"), CollectiveMismatchError),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("shared_memory", [True, False])
+def test_a_mistake_of_one_rank_in_an_allocation_is_an_error_on_every_rank(mistake: str, shared_memory: bool) -> None:
+    arguments, kind = MISTAKES[mistake]
+
+    def body(comm: Communicator) -> None:
+        is_odd = comm.rank == 1
+        error = outcome(lambda: comm.allocate(*arguments(is_odd)))
+        assert isinstance(error, kind if is_odd else CollectiveMismatchError), error
+        assert comm.allocate(7, "float32").shape == (7,)
+
+    run_communicators(3, body, settings=SETTINGS.replace(shared_memory=shared_memory))
+
+
+def test_memory_that_one_rank_does_not_get_is_an_error_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    private = SharedArray.private
+
+    def body(comm: Communicator) -> None:
+        if comm.rank == 1:
+            poor.add(threading.get_ident())
+        error = outcome(lambda: comm.allocate(7, "float32"))
+        assert isinstance(error, MemoryError if comm.rank == 1 else CollectiveError), error
+        assert "rank 1" in str(error) or comm.rank == 1
+        poor.clear()
+        comm.barrier()
+        assert comm.allocate(7, "float32").shape == (7,)
+
+    def made(*arguments: Any) -> SharedArray:
+        if threading.get_ident() in poor:
+            raise MemoryError("out of memory")
+        return private(*arguments)
+
+    poor: set[int] = set()
+    monkeypatch.setattr(SharedArray, "private", made)
+    run_communicators(3, body, settings=SETTINGS.replace(shared_memory=False))

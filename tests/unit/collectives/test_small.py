@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import operator
+import threading
+import time
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from mpitrain.collectives import Communicator
+import mpitrain
+from mpitrain.collectives import Communicator, Handle
 from mpitrain.config import Settings
-from mpitrain.errors import CollectiveMismatchError, CommRevokedError, MpitrainError
+from mpitrain.errors import CollectiveMismatchError, CommError, CommRevokedError, MpitrainError
 from tests.support.ranks import outcome, run_communicators
 
 pytestmark = pytest.mark.timeout(60)
@@ -199,3 +205,90 @@ def test_in_place_and_not_are_kept_apart() -> None:
     settings = Settings(wait="sleep", staging_nbytes=8192)
     for results in run_communicators(2, body, settings=settings):
         assert results == [1.0, 1.0, 3.0, 3.0, 5.0, 5.0]
+
+
+@pytest.mark.parametrize("count", [3, 600])
+def test_a_rank_that_leaves_while_it_waits_is_an_error_on_every_rank(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its program ends in one thread, while another waits in a call for a rank that is late."""
+    monkeypatch.setattr("mpitrain.collectives.small._MOST_READ_NBYTES", 300)
+    errors: list[object] = []
+
+    def body(comm: Communicator) -> object:
+        array = np.zeros(count)
+        comm.allreduce_(array, algorithm="direct")
+
+        def wait() -> None:
+            errors.append(outcome(lambda: comm.allreduce_(array, algorithm="direct")))
+
+        if comm.rank == 2:
+            while len(errors) < 2:
+                time.sleep(0.01)
+        thread = threading.Thread(target=wait, daemon=True)
+        thread.start()
+        if comm.rank == 1:
+            time.sleep(0.1)
+            comm.leave("has finished early")
+        thread.join(10.0)
+        return None
+
+    run_communicators(3, body, settings=SETTINGS, timeout_s=20.0)
+    # To the late one a small array is there already.
+    waited, late = errors[:2], errors[2:]
+    for error in waited if count == 3 else waited + late:
+        assert isinstance(error, CommError), errors
+        assert "has finished early" in str(error)
+    assert len(late) == 1
+
+
+LACKS = {
+    "a call seen before": ("mpitrain.collectives.verbs.np.empty_like", "allreduce", True),
+    "a first call": ("mpitrain.collectives.operations.allreduce.copy_of", "allreduce", False),
+    "an asynchronous call": ("mpitrain.collectives.operations.allreduce.copy_of", "allreduce_async", True),
+    "a result": ("mpitrain.collectives.operations.allgather.allocate_like", "allgather", True),
+}
+
+
+@pytest.mark.parametrize(
+    ("lack", "kind"),
+    [(lack, MemoryError) for lack in LACKS] + [("a first call", KeyboardInterrupt), ("a result", KeyboardInterrupt)],
+)
+@pytest.mark.parametrize("check", [True, False])
+def test_memory_that_one_rank_lacks_is_an_error_on_every_rank(
+    lack: str, kind: type[BaseException], check: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where, form, has_been_seen = LACKS[lack]
+    poor: list[int] = []
+    for place in {where, "mpitrain.collectives.operations.allreduce.copy_of"}:
+        original = operator.attrgetter(place.removeprefix("mpitrain."))(mpitrain)
+
+        def lacking(*arguments: Any, original: Any = original, **options: Any) -> Any:
+            if threading.get_ident() in poor:
+                raise kind("out of memory")
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(place, lacking)
+
+    def called(comm: Communicator) -> object:
+        result = getattr(comm, form)(np.ones(3), algorithm="direct")
+        return result.wait(10) if isinstance(result, Handle) else result
+
+    def body(comm: Communicator) -> tuple[BaseException, object]:
+        if has_been_seen:
+            called(comm)
+        comm.barrier()
+        if comm.rank == 1:
+            poor.append(threading.get_ident())
+        with pytest.raises((MpitrainError, kind)) as caught:
+            called(comm)
+        poor.clear()
+        return caught.value, outcome(lambda: called(comm))
+
+    first, (own, _), third = run_communicators(3, body, settings=SETTINGS.replace(check=check), timeout_s=15.0)
+    assert type(own) is kind
+    for error, following in (first, third):
+        assert isinstance(error, MpitrainError), error
+        assert "out of memory" in str(error)
+        is_usable = check and kind is MemoryError
+        assert isinstance(following, np.ndarray) if is_usable else isinstance(following, CommRevokedError)

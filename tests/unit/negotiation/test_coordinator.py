@@ -295,3 +295,42 @@ def test_ranks_that_join_at_any_time_and_start_in_any_order_complete_everything(
         for name, absent in decided:
             assert set(absent) == {rank for rank in range(size) if name not in has[rank]}, epoch
         decided = []
+
+
+def test_a_step_that_has_ended_is_not_waited_for() -> None:
+    step, end = Announcement("step.0.1", "step"), Announcement("step.0.1", "end of step")
+    coordinator = make(3)
+    coordinator.announce(2, Announcement("join", "join"), 0.0)
+    coordinator.announce(1, step, 0.0)
+    assert [decision.absent for decision in coordinator.decide()] == [(2,)]
+    coordinator.announce(1, end, 0.1)
+    assert coordinator.overdue(1.0, 5.0) == coordinator.stalled(1.0, 5.0) == []
+    # What all had announced before is decided, and whoever has joined knows that it has made that step.
+    coordinator.announce(0, step, 6.0)
+    coordinator.announce(1, step, 6.0)
+    coordinator.announce(1, end, 6.0)
+    assert [decision.names for decision in coordinator.decide()] == [("step.0.1",)]
+
+
+def test_a_refusal_that_nobody_waits_for_is_not_overdue_and_reported_once() -> None:
+    coordinator = make(3)
+    coordinator.announce(1, Announcement("a", "allreduce", problem="ValueError: not today"), 0.0)
+    assert coordinator.decide() == []
+    assert coordinator.overdue(5.0, 100.0) == []
+    assert coordinator.stalled(5.0, 100.0) == [
+        "a: not started, as it was refused by rank 1: ValueError: not today; ranks [0, 2] have not called it"
+    ]
+    assert coordinator.stalled(5.0, 200.0) == []
+    # Whoever starts it waits from then on.
+    coordinator.announce(0, allreduce("a"), 300.0)
+    assert coordinator.overdue(5.0, 304.0) == coordinator.stalled(5.0, 304.0) == []
+    assert coordinator.overdue(5.0, 306.0) == [
+        "a was not started by ranks [2] within 5 s, and was refused by rank 1: ValueError: not today"
+    ]
+    assert coordinator.stalled(5.0, 306.0) == [
+        "a: waits since 6 s for ranks [2]; started by ranks [0], refused by rank 1: ValueError: not today"
+    ]
+    coordinator.announce(2, allreduce("a"), 307.0)
+    (decision,) = coordinator.decide()
+    assert "One rank has unusable arguments" in decision.error
+    assert coordinator.overdue(5.0, 1000.0) == []

@@ -59,7 +59,8 @@ class Maker:
 
 def test_steps_are_announced_only_while_ranks_have_joined() -> None:
     announced: list[str] = []
-    steps = Steps(announced.append)
+    taken_back: list[str] = []
+    steps = Steps(announced.append, taken_back.append)
     makers = [Maker(), Maker()]
     numbers = [steps.register(maker.stand_in) for maker in makers]
     assert numbers == [0, 1]
@@ -72,17 +73,21 @@ def test_steps_are_announced_only_while_ranks_have_joined() -> None:
         assert announced == ["step.1.1"]
         steps.note_absent((2, 3))
         assert announced == ["step.1.1"]
+    # The negotiator knows whether it is decided.
+    assert taken_back == ["step.1.1"]
     with steps.entered(0):
         assert announced == ["step.1.1", "step.0.2"]
     steps.note_absent(())
     with steps.entered(0):
         pass
     assert announced == ["step.1.1", "step.0.2"]
+    assert taken_back == announced
 
 
 def test_standing_in_counts_as_a_step() -> None:
     announced: list[str] = []
-    steps = Steps(announced.append)
+    taken_back: list[str] = []
+    steps = Steps(announced.append, taken_back.append)
     maker = Maker()
     number = steps.register(maker.stand_in)
     steps.stand_in_of(f"step.{number}.7")()

@@ -606,3 +606,47 @@ def test_what_waits_behind_a_refusal_ends_with_the_group() -> None:
 
     waits = threading.Event()
     run(2, body)
+
+
+@pytest.mark.parametrize("odd", [0, 1])
+def test_a_refusal_of_one_rank_does_not_end_the_group(odd: int, caplog: pytest.LogCaptureFixture) -> None:
+    """The others never start it, and go on with something else for longer than a stalled operation may last."""
+
+    def body(negotiator: Negotiator) -> None:
+        if negotiator.comm.rank == odd:
+            negotiator.refuse("a", "allreduce", "ValueError: not today")
+        for index in range(40):
+            assert wait(start(negotiator, f"b{index}", [1.0])) == [2.0]
+            time.sleep(0.02)
+        # It is still an error for whoever starts it.
+        if negotiator.comm.rank != odd:
+            assert "not today" in str(error_of(start(negotiator, "a", [1.0])))
+        assert wait(start(negotiator, "a", [1.0])) == [2.0]
+
+    with caplog.at_level(logging.WARNING, "mpitrain"):
+        run(2, body, SETTINGS.replace(stall_warning_s=0.1, stall_shutdown_s=0.3))
+    lines = [record.getMessage() for record in caplog.records]
+    refusal = f"refused by rank {odd}: ValueError: not today"
+    assert lines == [f"r0/2 | a: not started, as it was {refusal}; ranks [{1 - odd}] have not called it"]
+
+
+@pytest.mark.parametrize("odd", [0, 1])
+def test_what_waits_behind_a_refusal_that_nobody_else_meets_is_overdue_some_time(
+    odd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stalls_module, "_GRACE_S", 0.1)
+
+    def body(negotiator: Negotiator) -> None:
+        if negotiator.comm.rank == odd:
+            negotiator.refuse("a", "allreduce", "ValueError: not today")
+            error = error_of(start(negotiator, "a", [1.0]))
+            ended.set()
+            assert isinstance(error, CommTimeoutError)
+            assert "a waits behind a call that was refused here" in str(error)
+        else:
+            while not ended.is_set():
+                negotiator.attend()
+                time.sleep(0.01)
+
+    ended = threading.Event()
+    run(2, body, SETTINGS.replace(stall_shutdown_s=0.3))

@@ -208,9 +208,12 @@ class Maker:
         self.number = self.steps.register(self.stand_in)
         self.stood_in = 0
 
-    def step(self, value: float) -> float:
+    def step(self, value: float, inside: Callable[[], None] | None = None) -> float:
         with self.steps.entered(self.number):
-            return float(self.comm.allreduce_async(np.array([value])).wait(WAIT_S)[0])
+            result = float(self.comm.allreduce_async(np.array([value])).wait(WAIT_S)[0])
+            if inside is not None:
+                inside()
+            return result
 
     def stand_in(self) -> None:
         self.stood_in += 1
@@ -236,3 +239,66 @@ def test_steps_that_nobody_negotiates_go_on_without_ranks_that_have_joined(size:
             assert sum(maker.stood_in for maker in makers) == max(lengths) - lengths[rank]
 
     run(size, body)
+
+
+def attend_until(negotiator: Negotiator, is_over: Callable[[], object], limit_s: float = WAIT_S) -> None:
+    """Look for what other ranks have said, as who waits for something else does."""
+    deadline_s = time.monotonic() + limit_s
+    while not is_over() and time.monotonic() < deadline_s:
+        negotiator.attend()
+        negotiator.comm.engine.advance_all()
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_a_rank_does_not_stand_in_for_a_step_that_it_has_made(size: int) -> None:
+    """The others learn that it has joined while they are not through with a step to which it has brought data."""
+
+    def body(negotiator: Negotiator) -> None:
+        rank = negotiator.comm.rank
+        maker = Maker(negotiator)
+        is_leaver = rank == size - 1
+
+        def learn() -> None:
+            attend_until(negotiator, lambda: negotiator.steps.absent)
+            assert negotiator.steps.absent == (size - 1,)
+
+        total = sum(range(1, size + 1))
+        for epoch in range(1, 3):
+            assert maker.step(rank + 1.0, None if is_leaver else learn) == total
+            if not is_leaver:
+                assert maker.step(rank + 1.0) == total - size
+                assert reduce(negotiator, [1.0]).tolist() == [size - 1.0]
+                assert maker.step(rank + 1.0) == total - size
+            join(negotiator)
+            assert maker.stood_in == 2 * epoch * is_leaver
+
+    run(size, body)
+
+
+@pytest.mark.parametrize("size", [3, 4])
+@pytest.mark.parametrize("early", [0, 1])
+def test_a_step_that_is_announced_late_is_not_waited_for_when_it_has_ended(size: int, early: int) -> None:
+    """One rank is through with a step before it learns of a rank that has joined, the others announce it."""
+    ended: list[int] = []
+
+    def body(negotiator: Negotiator) -> None:
+        rank = negotiator.comm.rank
+        maker = Maker(negotiator)
+
+        def learn() -> None:
+            attend_until(negotiator, lambda: negotiator.steps.absent)
+            assert negotiator.steps.absent == (size - 1,)
+
+        is_late = rank not in (early, size - 1)
+        assert maker.step(rank + 1.0, learn if is_late else None) == sum(range(1, size + 1))
+        ended.append(rank)
+        if rank < size - 1:
+            # All are busy with something else for longer than a stalled operation may last.
+            attend_until(negotiator, lambda: len(ended) == size)
+            attend_until(negotiator, lambda: False, 0.6)
+            assert maker.step(rank + 1.0) == sum(range(1, size))
+            assert negotiator._undecided == {}
+        join(negotiator)
+
+    run(size, body, SETTINGS.replace(stall_warning_s=0.1, stall_shutdown_s=0.3))

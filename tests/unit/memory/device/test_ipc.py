@@ -96,7 +96,7 @@ def test_memory_that_is_not_the_peers_is_found_out(fake_cupy, monkeypatch):
 
 def test_private_array_is_viewed_copied_and_cut(fake_cupy):
     array = SharedDeviceArray.private(as_dtype("float32"), (2, 3), 0)
-    assert (array.is_shared, array.device, array.place) == (False, 0, "cuda:0")
+    assert (array.is_shared, array.device, array.device_name) == (False, 0, "cuda:0")
     array.cupy()[1] = 2
     view = flat_view(array, writable=True)
     assert (view.device, view.shape, view.is_host, view.owner) == ("cuda:0", (2, 3), False, array)
