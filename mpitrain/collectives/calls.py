@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 __all__ = ["Calls"]
 
@@ -35,15 +33,10 @@ class Calls:
         with self.lock:
             self.in_flight.discard(index)
 
-    @contextmanager
-    def waiting(self, index: int) -> Iterator[None]:
+    def note_waiting(self, index: int) -> None:
         """Have a call in flight that is not in general, as it ends at once unless it has to wait."""
         with self.lock:
             self.in_flight.add(index)
-        try:
-            yield
-        finally:
-            self.end(index)
 
     def first_unfinished(self) -> int:
         """Return the first call in flight; the next one if there is none."""

@@ -307,11 +307,13 @@ class Communicator(ObjectCollectives, Allocation):
 
     def drive(self, task: Task[Any], description: str, index: int) -> Any:
         """Run a task of a call to its end; it raises when it cannot end."""
-        with self._calls.waiting(index):
-            if self._watch.leaving:
-                # Another thread has left before it could see this call wait.
-                self.give_up(self._watch.leaving, index)
+        self._calls.note_waiting(index)
+        if self._watch.leaving:  # another thread has left before it could see this call wait
+            self.give_up(self._watch.leaving, index)
+        try:
             return self.engine.drive(self._watch.guard(task, description, index))
+        finally:
+            self._calls.end(index)
 
     # Life cycle
 

@@ -30,6 +30,8 @@ _DIGEST = 1
 _ENDED = _NUM_SLOTS * _LINE
 _PASSED = 2 * _NUM_SLOTS * _LINE
 _FLAGS_NBYTES = 4096
+# Between two looks whether a rank that is waited for will not come.
+_POLLS = 16
 
 
 def meeting_nbytes(slot_nbytes: int) -> int:
@@ -125,8 +127,11 @@ class Meeting:
         Raises:
             CollectiveMismatchError: A rank never will; others may still wait for this one.
         """
+        polls = 0
         while not self.is_complete():
-            self._refuse_to_wait_in_vain()
+            polls += 1
+            if polls % _POLLS == 0:
+                self._refuse_to_wait_in_vain()
             yield False
 
     def _refuse_to_wait_in_vain(self) -> None:
