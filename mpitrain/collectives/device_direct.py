@@ -29,7 +29,7 @@ from mpitrain.memory.device.kernels import reduce_peers
 __all__ = ["NUM_EVENTS", "DeviceRun", "check_kernels", "device_allreduce"]
 
 # Operations on one block whose events are told apart; more wait for their turn. CUDA allows few events of this kind.
-_NUM_SLOTS = 16
+_NUM_SLOTS = 8
 NUM_EVENTS = 2 * _NUM_SLOTS
 """Events that a rank needs for each block."""
 # How long a piece is on its way across nodes, and how many are at once.

@@ -12,7 +12,7 @@ from mpitrain.config import Settings
 from tests.support.devices import each_cupy
 from tests.support.host_kernels import needs_compiler
 
-pytestmark = [pytest.mark.timeout(90), needs_compiler]
+pytestmark = pytest.mark.timeout(90)
 
 __all__ = ["each_cupy"]
 
@@ -138,9 +138,10 @@ def test_memory_comes_and_goes(each_cupy, comm):
         comm.barrier()
         # What CUDA and CuPy need for themselves comes with the first.
         free_before = free_nbytes if free_before is None else free_before
-    assert free_nbytes > free_before - (2 << 20)
+    assert free_nbytes > free_before - (16 << 20)
 
 
+@needs_compiler
 @pytest.mark.mpi(min_size=2)
 def test_slow_device_of_one_rank(fake_cupy):
     comm = Communicator.from_mpi(settings=Settings(wait="sleep"))

@@ -25,6 +25,8 @@ __all__ = ["DeviceBlock", "Holdings", "allocate_mapped_device"]
 Result = TypeVar("Result")
 
 _SUBJECT = "device memory"
+# Smaller allocations of cudaMalloc may be parts of a larger one, all of which a handle would hand over.
+_GRAIN_NBYTES = 2 << 20
 # What a rank writes to the begin of its memory, for the others to find there.
 _MARK_NBYTES = 16
 _TOKEN = uuid.uuid4().hex
@@ -103,6 +105,7 @@ class DeviceBlock:
 
     Args:
         rank: This rank on the node.
+        nbytes: Of each rank's memory.
         device: Number of the device of this rank's own memory.
         holdings: What the block is made of, and what is to be closed after it.
         opened: Those of the others.
@@ -113,7 +116,7 @@ class DeviceBlock:
         views: Each rank's memory as bytes, by rank on the node.
     """
 
-    def __init__(self, rank: int, device: int, holdings: Holdings, opened: _Opened) -> None:
+    def __init__(self, rank: int, nbytes: int, device: int, holdings: Holdings, opened: _Opened) -> None:
         self.device = device
         self.holdings = holdings
         self._cupy = load_cupy(_SUBJECT)
@@ -124,7 +127,7 @@ class DeviceBlock:
         memories = [cuda.UnownedMemory(address, memory.size, None, device) for address in opened.addresses]
         memories[rank] = memory
         self.views: list[CupyArray] = [
-            self._cupy.ndarray((memory.size,), np.uint8, cuda.MemoryPointer(each, 0)) for each in memories
+            self._cupy.ndarray((nbytes,), np.uint8, cuda.MemoryPointer(each, 0)) for each in memories
         ]
 
     def typed(self, storage: np.dtype[Any], offset_nbytes: int, count: int) -> list[CupyArray]:
@@ -177,7 +180,7 @@ def allocate_mapped_device(
     stream = streams_of(device).compute
     mappings.runtime.memsetAsync(own.memory.ptr, 0, _MARK_NBYTES, stream.ptr)
     stream.synchronize()
-    return DeviceBlock(rank, device, Holdings(own, mappings, device), opened)
+    return DeviceBlock(rank, nbytes, device, Holdings(own, mappings, device), opened)
 
 
 class _Mappings:
@@ -240,8 +243,7 @@ def _allocate(nbytes: int, num_events: int, device: int) -> _Own:
     cupy = load_cupy(_SUBJECT)
     runtime, stream = cupy.cuda.runtime, streams_of(device).compute
     with explained(_SUBJECT), cupy.cuda.Device(device):
-        # Never smaller than the mark, which is there before the zeros.
-        memory = cupy.cuda.Memory(max(nbytes, _MARK_NBYTES))
+        memory = cupy.cuda.Memory(-(-nbytes // _GRAIN_NBYTES) * _GRAIN_NBYTES)
         events = [cupy.cuda.Event(disable_timing=True, interprocess=True) for _ in range(num_events)]
         mark = np.frombuffer(uuid.uuid4().bytes, np.uint8)
         runtime.memsetAsync(memory.ptr, 0, memory.size, stream.ptr)
