@@ -16,19 +16,19 @@ import numpy as np
 from mpitrain.collectives.context import Context
 from mpitrain.collectives.executor import Task
 from mpitrain.collectives.layout import Layout
-from mpitrain.collectives.plan import STRAIGHT, Call
+from mpitrain.collectives.plan import STRAIGHT, THROUGH_DEVICES, Call
 from mpitrain.comm import Transport
 from mpitrain.config import PREFIX, Settings
 from mpitrain.errors import CollectiveMismatchError
 from mpitrain.memory import ReduceOp, dtype_named
 
-__all__ = ["FALL_BACK", "agree", "check_same_settings", "digest_of", "explain"]
+__all__ = ["FALL_BACK", "agree", "check_same_settings", "digest_of", "exchange_rows", "explain"]
 
 _INT64 = dtype_named("int64")
 _UINT8 = dtype_named("uint8")
 _DESCRIPTION_NBYTES = 512
 
-FALL_BACK = "some ranks' device memory goes straight to MPI, that of others does not"
+FALL_BACK = "some ranks' arrays stay on devices, those of others do not"
 """What ranks agree on that mean the same collective and bring arrays of different memory."""
 
 
@@ -99,20 +99,25 @@ def check_same_settings(transport: Transport, settings: Settings) -> None:
 
 
 def _exchange(context: Context, description: str, call: Call) -> Task[list[str]]:
-    rank, size = context.rank, context.size
-    table = np.zeros((size, _DESCRIPTION_NBYTES), np.uint8)
     text = description.encode()[:_DESCRIPTION_NBYTES]
-    table[rank, : len(text)] = np.frombuffer(text, np.uint8)
-    layout = Layout.packed((_DESCRIPTION_NBYTES,) * size)
+    rows = yield from exchange_rows(context, text, _DESCRIPTION_NBYTES, call)
+    return [row.rstrip(b"\0").decode(errors="replace") for row in rows]
+
+
+def exchange_rows(context: Context, row: bytes, row_nbytes: int, call: Call) -> Task[list[bytes]]:
+    """Collect bytes of each rank on every rank, by rank, each followed by zeros up to `row_nbytes`."""
+    table = np.zeros((context.size, row_nbytes), np.uint8)
+    table[context.rank, : len(row)] = np.frombuffer(row, np.uint8)
+    layout = Layout.packed((row_nbytes,) * context.size)
     program = context.program("allgather", "ring", layout, _UINT8, nbytes=table.nbytes)
     yield from context.execute(program, [table.reshape(-1)], _UINT8, call)
-    return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in table]
+    return [each.tobytes() for each in table]
 
 
 def _message(descriptions: list[str]) -> str:
-    are_straight = {description.endswith(STRAIGHT) for description in descriptions}
+    ways = {(description.endswith(STRAIGHT), description.endswith(THROUGH_DEVICES)) for description in descriptions}
     # What stands before the algorithm is what the caller asked for; ranks agree on the algorithm later.
-    if len(are_straight) == 2 and len({description.partition(" by ")[0] for description in descriptions}) == 1:
+    if len(ways) > 1 and len({description.partition(" by ")[0] for description in descriptions}) == 1:
         return FALL_BACK
     by_description: dict[str, list[int]] = {}
     for rank, description in enumerate(descriptions):

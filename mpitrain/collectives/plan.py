@@ -11,9 +11,10 @@ from mpitrain.collectives.gate import Gates
 from mpitrain.collectives.small import SmallAllreduce
 from mpitrain.observe import OperationTrace
 
-__all__ = ["STRAIGHT", "Call", "Plan", "empty_plan", "is_empty"]
+__all__ = ["STRAIGHT", "THROUGH_DEVICES", "Call", "Plan", "empty_plan", "is_empty"]
 
 STRAIGHT = "straight to MPI"
+THROUGH_DEVICES = "through device memory"
 """How the description of a plan ends whose device memory MPI sees."""
 
 Result = TypeVar("Result")

@@ -7,7 +7,7 @@ import gc
 import numpy as np
 import pytest
 
-from mpitrain.collectives import Communicator
+from mpitrain.collectives import Communicator, device_staging
 from mpitrain.config import Settings
 from tests.support.devices import each_cupy
 from tests.support.host_kernels import needs_compiler
@@ -101,6 +101,22 @@ def test_many_in_flight(comm):
         seen = memory.cupy().get()
         for row in range(40):
             np.testing.assert_array_equal(seen[row], everybodys(comm.size, 999, turn=row + turn).sum(0))
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("count", [300_000, 524_288, 1_200_001])
+def test_ordinary_arrays_pass_in_pieces(each_cupy, comm, monkeypatch, count):
+    monkeypatch.setattr(device_staging, "_MEMORY_NBYTES", 2 << 20)
+    array = each_cupy.empty(count, np.float32)
+    for turn in range(3):
+        array.set(values(comm.rank, count, turn=turn))
+        handle = comm.allreduce_async_(array)
+        assert "through device memory" in handle.description
+        handle.wait()
+        array *= 2
+        np.testing.assert_array_equal(array.get(), 2 * everybodys(comm.size, count, turn=turn).sum(0))
+    result = comm.allreduce(array, op="average")
+    np.testing.assert_array_equal(result.get(), array.get())
 
 
 def test_communicators_of_some_ranks_have_arrays_of_their_own(comm):

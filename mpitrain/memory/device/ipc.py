@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -20,7 +20,7 @@ from mpitrain.errors import UnavailableError
 from mpitrain.memory.device.library import CupyArray, explained, load_cupy
 from mpitrain.memory.device.streams import Event, Stream, streams_of
 
-__all__ = ["DeviceBlock", "Holdings", "allocate_mapped_device"]
+__all__ = ["DeviceBlock", "Holdings", "allocate_mapped_device", "mapping_device_memory"]
 
 Result = TypeVar("Result")
 
@@ -152,29 +152,54 @@ class DeviceBlock:
 def allocate_mapped_device(
     rank: int, nbytes: int, num_events: int, device: int, share: Callable[[Any], list[Any]]
 ) -> DeviceBlock:
-    """Allocate device memory per rank that all ranks map; zero at first.
+    """Allocate as `mapping_device_memory` does.
 
     Args:
         rank: This rank, among those of `share`.
+        nbytes: See there; likewise the next two.
+        num_events: See there.
+        device: See there.
+        share: Collects a value of each rank on every rank, all of which are on one node; every one must call.
+
+    Raises:
+        UnavailableError: See there.
+    """
+    steps = mapping_device_memory(rank, nbytes, num_events, device)
+    try:
+        value = next(steps)
+        while True:
+            value = steps.send(share(value))
+    except StopIteration as stop:
+        return stop.value  # type: ignore[no-any-return]
+
+
+def mapping_device_memory(
+    rank: int, nbytes: int, num_events: int, device: int
+) -> Generator[Any, list[Any], DeviceBlock]:
+    """Allocate device memory per rank that all ranks map; zero at first.
+
+    Yields values of this rank, and is sent those of all ranks, by rank; as many on every rank.
+
+    Args:
+        rank: This rank, on its node.
         nbytes: Size of this rank's memory, the same on every rank; at least 1.
         num_events: How many events each rank has, the same on every rank.
         device: Number of this rank's device; ranks may share one.
-        share: Collects a value of each rank on every rank, all of which are on one node; every one must call.
 
     Raises:
         UnavailableError: A rank has no device, no room or no access to a peer's memory; on every rank, with the reason
             of the first such rank.
     """
     own, problem = _attempt(lambda: _allocate(nbytes, num_events, device))
-    exports: list[_Export] = share(_Export(_process(), problem=problem) if own is None else own.export)
+    exports: list[_Export] = yield (_Export(_process(), problem=problem) if own is None else own.export)
     _raise_first([each.problem for each in exports])
     assert own is not None
     mappings = _Mappings(device)
     opened, problem = _attempt(lambda: mappings.open(exports, rank))
-    problems = share(problem and f"rank {rank} of the node cannot map the memory of the others: {problem}")
+    problems = yield (problem and f"rank {rank} of the node cannot map the memory of the others: {problem}")
     if any(problems) or opened is None:
         mappings.close()
-        share("")  # nobody maps this rank's memory any more when it goes
+        yield ""  # nobody maps this rank's memory any more when it goes
         _raise_first(problems)
     assert opened is not None
     stream = streams_of(device).compute

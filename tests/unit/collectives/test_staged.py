@@ -125,6 +125,7 @@ def test_plan_runs_many_times(fake_cupy):
 
 def test_work_of_the_caller_is_not_waited_for_on_other_streams(fake_cupy):
     """The caller's current stream is followed, in whatever thread the operation is advanced."""
+    fake_cupy._machine.machine.configuration.can_export = False
 
     def body(comm: Communicator) -> None:
         stream = fake_cupy.cuda.Stream(non_blocking=True)
@@ -133,7 +134,6 @@ def test_work_of_the_caller_is_not_waited_for_on_other_streams(fake_cupy):
             for _ in range(20):
                 array += comm.rank + 1
             handle = comm.allreduce_async_(array)
-            assert "staged through pinned memory" in handle.description
             handle.wait()
             assert set(array.get().tolist()) == {60}
 
@@ -192,6 +192,7 @@ def test_rank_0_says_once_that_arrays_are_staged(fake_cupy, caplog):
 @pytest.mark.parametrize("shared_memory", [True, False])
 @pytest.mark.parametrize("verb", ["allreduce", "allgather", "broadcast", "reduce_scatter", "alltoall", "gather"])
 def test_results_leave_in_parts_and_every_element_once(fake_cupy, monkeypatch, verb, shared_memory):
+    fake_cupy._machine.machine.configuration.can_export = False
     given = {}
     give = Image.give
 
