@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,6 +28,8 @@ __all__ = ["FALL_BACK", "agree", "check_same_settings", "digest_of", "exchange_r
 _INT64 = dtype_named("int64")
 _UINT8 = dtype_named("uint8")
 _DESCRIPTION_NBYTES = 512
+_MEANING_NBYTES = 7
+_WAYS = (STRAIGHT, THROUGH_DEVICES)
 
 FALL_BACK = "some ranks' arrays stay on devices, those of others do not"
 """What ranks agree on that mean the same collective and bring arrays of different memory."""
@@ -98,10 +101,39 @@ def check_same_settings(transport: Transport, settings: Settings) -> None:
             )
 
 
-def _exchange(context: Context, description: str, call: Call) -> Task[list[str]]:
-    text = description.encode()[:_DESCRIPTION_NBYTES]
-    rows = yield from exchange_rows(context, text, _DESCRIPTION_NBYTES, call)
-    return [row.rstrip(b"\0").decode(errors="replace") for row in rows]
+class _Brought(NamedTuple):
+    """What one rank says.
+
+    Attributes:
+        meaning: Digest of what the caller asked for; ranks agree on the algorithm later.
+        way: Which way its device memory goes, if not by that of the host; an index of `_WAYS`.
+        text: The description, or its beginning.
+    """
+
+    meaning: bytes
+    way: int
+    text: str
+
+    @classmethod
+    def of(cls, description: str) -> _Brought:
+        """Return what says a description."""
+        meaning = digest_of(description.partition(" by ")[0]).to_bytes(_MEANING_NBYTES, "little")
+        way = next((way for way, said in enumerate(_WAYS) if said in description), len(_WAYS))
+        return cls(meaning, way, description)
+
+    def to_bytes(self) -> bytes:
+        return self.meaning + bytes([self.way]) + self.text.encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> _Brought:
+        meaning, rest = data[:_MEANING_NBYTES], data[_MEANING_NBYTES:]
+        return cls(meaning, rest[0], rest[1:].rstrip(b"\0").decode(errors="replace"))
+
+
+def _exchange(context: Context, description: str, call: Call) -> Task[list[_Brought]]:
+    data = _Brought.of(description).to_bytes()[:_DESCRIPTION_NBYTES]
+    rows = yield from exchange_rows(context, data, _DESCRIPTION_NBYTES, call)
+    return [_Brought.from_bytes(row) for row in rows]
 
 
 def exchange_rows(context: Context, row: bytes, row_nbytes: int, call: Call) -> Task[list[bytes]]:
@@ -114,14 +146,12 @@ def exchange_rows(context: Context, row: bytes, row_nbytes: int, call: Call) -> 
     return [each.tobytes() for each in table]
 
 
-def _message(descriptions: list[str]) -> str:
-    ways = {(description.endswith(STRAIGHT), description.endswith(THROUGH_DEVICES)) for description in descriptions}
-    # What stands before the algorithm is what the caller asked for; ranks agree on the algorithm later.
-    if len(ways) > 1 and len({description.partition(" by ")[0] for description in descriptions}) == 1:
+def _message(everything: list[_Brought]) -> str:
+    if len({each.way for each in everything}) > 1 and len({each.meaning for each in everything}) == 1:
         return FALL_BACK
     by_description: dict[str, list[int]] = {}
-    for rank, description in enumerate(descriptions):
-        by_description.setdefault(description, []).append(rank)
+    for rank, each in enumerate(everything):
+        by_description.setdefault(each.text, []).append(rank)
     lines = [f"  ranks {_ranges(ranks)}: {description}" for description, ranks in by_description.items()]
     return "\n".join(["collective: ranks bring different things; call the same on every rank", *lines])
 

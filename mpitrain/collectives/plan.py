@@ -14,8 +14,9 @@ from mpitrain.observe import OperationTrace
 __all__ = ["STRAIGHT", "THROUGH_DEVICES", "Call", "Plan", "empty_plan", "is_empty"]
 
 STRAIGHT = "straight to MPI"
+"""What the description of a plan says whose device memory MPI sees."""
 THROUGH_DEVICES = "through device memory"
-"""How the description of a plan ends whose device memory MPI sees."""
+"""What the description of a plan says whose arrays pass through device memory that the node shares."""
 
 Result = TypeVar("Result")
 

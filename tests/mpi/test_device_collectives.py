@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpitrain.collectives import Communicator
+from mpitrain.collectives import Communicator, agreement
 from mpitrain.config import Settings
 from mpitrain.errors import CollectiveMismatchError
 from mpitrain.schedules import ALGORITHMS
@@ -102,4 +102,15 @@ def test_different_things_are_an_error_whatever_memory_they_lie_in(fake_cupy: An
     with pytest.raises(CollectiveMismatchError, match="different things"):
         comm.allreduce(array)
     assert comm.allreduce(fake_cupy.ones(3)).tolist() == [comm.size] * 3
+    comm.free()
+
+
+@pytest.mark.mpi(min_size=2)
+def test_ranks_fall_back_with_descriptions_that_are_cut(fake_cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agreement, "_DESCRIPTION_NBYTES", 32)
+    comm = Communicator.from_mpi(settings=WAYS["straight"])
+    array = (np if comm.rank == 0 else fake_cupy).full((5, 7), comm.rank)
+    assert comm.allgather(array).reshape(-1).tolist() == [rank for rank in range(comm.size) for _ in range(35)]
+    with pytest.raises(CollectiveMismatchError, match="different things"):
+        comm.allgather(array if comm.rank else array.astype(np.float32))
     comm.free()

@@ -244,3 +244,19 @@ def test_several_nodes(fake_cupy, size):
             run_cases(comm, collective, algorithm, iter(cases))
 
     run_communicators(size, body, settings=SMALL_PIECES, ranks_per_node=2)
+
+
+def test_device_without_room_for_the_result_is_an_error_on_all_ranks():
+    with stand_in(total_nbytes=12 << 20) as cupy:
+
+        def body(comm: Communicator) -> tuple[object, list[float]]:
+            array = cupy.full(5 << 18, comm.rank, np.float32)
+            error = outcome(lambda: comm.allreduce(array))
+            return error, comm.allreduce_(array)[:2].tolist()
+
+        answers = run_communicators(2, body)
+    for error, result in answers:
+        assert isinstance(error, MemoryError)
+        assert str(error).startswith("copy: out of memory on the device, got")
+        assert "use smaller buckets" in str(error)
+        assert result == [1, 1]
