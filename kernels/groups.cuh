@@ -78,7 +78,9 @@ __device__ inline uint4 load_word(const uint4* place) {
     return word;
 }
 __device__ inline void store_word(uint4* place, uint4 word) {
-    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(place), "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w)
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "l"(place), "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w)
                  : "memory");
 }
 __device__ inline uint2 load_word(const uint2* place) {
@@ -87,7 +89,7 @@ __device__ inline uint2 load_word(const uint2* place) {
     return word;
 }
 __device__ inline void store_word(uint2* place, uint2 word) {
-    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(place), "r"(word.x), "r"(word.y) : "memory");
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" : : "l"(place), "r"(word.x), "r"(word.y) : "memory");
 }
 #endif
 

@@ -6,8 +6,8 @@
 //   square = square_decay * square + square_weight * gradient^2
 //   parameter -= step_size * mean / (sqrt(square) / square_correction + epsilon)
 //
-// Compiled with -DPARAMETER=<dtype> and -DGRADIENT=<dtype>, of the floats. Computed in float64 if one of them is float64,
-// else in float32; the parameter is rounded once.
+// Compiled with -DPARAMETER=<dtype> and -DGRADIENT=<dtype>, of the floats. Computed in float64 if one of them is
+// float64, else in float32; the parameter is rounded once.
 //
 //   parameters    shape (count,); read and written
 //   gradients     shape (count,); read only
@@ -60,7 +60,9 @@ struct AdamStep {
 KERNEL update_adam(PARAMETER* parameters, const GRADIENT* gradients, Wide* mean, Wide* square, int64 count, int64 head,
                    Wide kept, Wide added_decay, Wide mean_weight, Wide square_decay, Wide square_weight,
                    Wide step_size, Wide square_correction, Wide epsilon, Wide gradient_scale) {
-    const AdamStep step = {parameters,   gradients,     mean,      square,            kept,    added_decay,   mean_weight,
-                           square_decay, square_weight, step_size, square_correction, epsilon, gradient_scale};
+    const AdamStep step = {
+        parameters,   gradients,     mean,      square,            kept,    added_decay,    mean_weight,
+        square_decay, square_weight, step_size, square_correction, epsilon, gradient_scale,
+    };
     cover_with_grid<GroupOf<Wide>::count>(count, head, step);
 }

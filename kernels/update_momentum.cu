@@ -4,12 +4,13 @@
 //   momentum = momentum_decay * momentum + gradient_weight * gradient     (the gradient itself in the first step)
 //   parameter -= learning_rate * (nesterov ? gradient + momentum_decay * momentum : momentum)
 //
-// Compiled with -DPARAMETER=<dtype> and -DGRADIENT=<dtype>, of the floats. Computed in float64 if one of them is float64,
-// else in float32; the parameter is rounded once.
+// Compiled with -DPARAMETER=<dtype> and -DGRADIENT=<dtype>, of the floats. Computed in float64 if one of them is
+// float64, else in float32; the parameter is rounded once.
 //
 //   parameters  shape (count,); read and written
 //   gradients   shape (count,); read only
-//   momentum    shape (count,), of the type that is computed in; read (not in the first step) and written. Null: plain SGD
+//   momentum    shape (count,), of the type that is computed in; read (not in the first step) and written. Null for
+//               plain SGD
 //   head        first element from which on groups of all arrays are aligned; `count` if there is none
 //   the rest    numbers of the type that is computed in, flags as int
 //

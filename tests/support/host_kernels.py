@@ -26,7 +26,8 @@ __all__ = ["HostModule", "compile_host", "needs_compiler"]
 BUILTINS = Path(__file__).with_name("cuda_builtins.h")
 FOLDER = Path(__file__).parents[2] / "build" / "host-kernels"
 COMPILER = shutil.which("g++") or shutil.which("c++")
-# As on the device: no fused multiply-add, and words of any type over any memory.
+# As on the device: no fused multiply-add, words of any type over any memory, and a fault where a word is not aligned,
+# which ends the process.
 FLAGS = [
     "-std=c++17",
     "-O1",
@@ -34,6 +35,8 @@ FLAGS = [
     "-fPIC",
     "-ffp-contract=off",
     "-fno-strict-aliasing",
+    "-fsanitize=alignment",
+    "-fsanitize-undefined-trap-on-error",
     "-Wall",
     "-Wextra",
     "-Werror",

@@ -15,6 +15,14 @@ from tests.support.placed import Placed, random_elements, same_numbers
 torch = pytest.importorskip("torch")
 
 FLOATS = ["float16", "bfloat16", "float32", "float64"]
+# Groups of the same size, of half of it and of a quarter, on either side.
+PAIRS = [(name, name) for name in FLOATS] + [
+    ("float32", "bfloat16"),
+    ("float32", "float16"),
+    ("bfloat16", "float32"),
+    ("float64", "float32"),
+    ("float16", "float64"),
+]
 COUNTS = st.one_of(st.integers(0, 40), st.integers(500, 3000))
 KERNELS = {"momentum": (update_momentum, twins.update_momentum), "adam": (update_adam, twins.update_adam)}
 
@@ -45,8 +53,7 @@ def wide_of(*dtypes):
     return "float64" if "float64" in dtypes else "float32"
 
 
-@pytest.mark.parametrize("gradient", FLOATS)
-@pytest.mark.parametrize("parameter", FLOATS)
+@pytest.mark.parametrize(("parameter", "gradient"), PAIRS)
 @pytest.mark.parametrize("optimizer", KERNELS)
 @settings(max_examples=8)
 @given(data=st.data())
