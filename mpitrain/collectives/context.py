@@ -99,7 +99,7 @@ class Context:
             self.across = AcrossNodes.make(transport, topology, settings, self.scratch)
         # What gives back device memory of the communicator's own, which others map.
         self.close_owned: list[Free] = []
-        self.memory = NodeMemory(transport, topology, self.node, self.reclaimer)
+        self.memory = NodeMemory(transport, topology, settings, self.node, self.reclaimer)
         # Where all ranks are on one node.
         self.meeting = self.node.meeting if self.node is not None and self.across is None else None
         shared = None if self.node is None else DIRECT if self.across is None else HIERARCHICAL

@@ -45,7 +45,8 @@ class DeviceStaging:
         self._tell = tell
         # Where an operation of the host would be brought to a meeting, the device gains nothing.
         self._least_nbytes = 0 if context.meeting is None else context.meeting.slot_nbytes + 1
-        self.is_possible = context.available.shared == DIRECT and context.settings.check
+        settings = context.settings
+        self.is_possible = context.available.shared == DIRECT and settings.check and settings.shared_device_memory
         self._memory: SharedDeviceArray | None = None
         # Pieces so far, the same on all ranks.
         self._pieces = 0

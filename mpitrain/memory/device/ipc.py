@@ -81,13 +81,13 @@ class Holdings:
     def __init__(self, own: _Own, mappings: _Mappings, device: int) -> None:
         self.own = own
         self._mappings = mappings
-        self._device = device
+        self._stream = streams_of(device).compute
         _open.add(self)
 
     def close(self) -> Callable[[], None]:
         """Close the mappings; return what lets go of the memory, to be called when all ranks have closed theirs."""
         # What an operation has queued may still be at work after the operation has ended for the host.
-        streams_of(self._device).compute.synchronize()
+        self._stream.synchronize()
         self._mappings.close()
         return self._let_go
 
