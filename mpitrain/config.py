@@ -98,6 +98,7 @@ class Settings:
             have as much again.
         cuda_aware: Whether device arrays go straight to MPI: "yes", "no", or "auto", which tries it, once on each
             machine.
+        shared_device_memory: Let ranks of one node reduce in device memory that all of them map, where CUDA can do it.
         device_piece_nbytes: Device arrays that pass through pinned memory of the host do so in pieces of this size, so
             that one is copied while another is on its way to other ranks.
         check: Compare what the ranks bring to each collective before it starts, so that a
@@ -123,6 +124,7 @@ class Settings:
     shared_memory: bool = True
     staging_nbytes: int = 2 << 20
     cuda_aware: str = "auto"
+    shared_device_memory: bool = True
     device_piece_nbytes: int = 1 << 20
     check: bool = True
     timeline: str = ""
@@ -172,6 +174,7 @@ _PARSERS: dict[str, Callable[[str], object]] = {
     "shared_memory": _switch,
     "staging_nbytes": _positive,
     "cuda_aware": _answer,
+    "shared_device_memory": _switch,
     "device_piece_nbytes": _positive,
     "check": _switch,
     "timeline": str,

@@ -17,20 +17,29 @@ import numpy as np
 from mpitrain.collectives.context import Context
 from mpitrain.collectives.executor import Task
 from mpitrain.collectives.layout import Layout
-from mpitrain.collectives.plan import STRAIGHT, Call
+from mpitrain.collectives.plan import STRAIGHT, THROUGH_DEVICES, Call
 from mpitrain.comm import Transport
 from mpitrain.config import PREFIX, Settings
 from mpitrain.errors import CollectiveMismatchError
 from mpitrain.memory import ReduceOp, dtype_named
 
-__all__ = ["FALL_BACK", "agree", "check_same_settings", "digest_of", "explain", "read_settings"]
+__all__ = [
+    "FALL_BACK",
+    "agree",
+    "check_same_settings",
+    "digest_of",
+    "exchange_rows",
+    "explain",
+    "read_settings",
+]
 
 _INT64 = dtype_named("int64")
 _UINT8 = dtype_named("uint8")
 _DESCRIPTION_NBYTES = 512
 _MEANING_NBYTES = 7
+_WAYS = (STRAIGHT, THROUGH_DEVICES)
 
-FALL_BACK = "some ranks' device memory goes straight to MPI, that of others does not"
+FALL_BACK = "some ranks' arrays stay on devices, those of others do not"
 """What ranks agree on that mean the same collective and bring arrays of different memory."""
 
 
@@ -137,42 +146,48 @@ class _Brought(NamedTuple):
 
     Attributes:
         meaning: Digest of what the caller asked for; ranks agree on the algorithm later.
-        is_straight: Whether its device memory would go straight to MPI.
+        way: Which way its device memory goes, if not by that of the host; an index of `_WAYS`.
         text: The description, or its beginning.
     """
 
     meaning: bytes
-    is_straight: bool
+    way: int
     text: str
 
     @classmethod
     def of(cls, description: str) -> _Brought:
         """Return what says a description."""
         meaning = digest_of(description.partition(" by ")[0]).to_bytes(_MEANING_NBYTES, "little")
-        return cls(meaning, STRAIGHT in description, description)
+        way = next((way for way, said in enumerate(_WAYS) if said in description), len(_WAYS))
+        return cls(meaning, way, description)
 
     def to_bytes(self) -> bytes:
-        return self.meaning + bytes([self.is_straight]) + self.text.encode()
+        return self.meaning + bytes([self.way]) + self.text.encode()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> _Brought:
         meaning, rest = data[:_MEANING_NBYTES], data[_MEANING_NBYTES:]
-        return cls(meaning, bool(rest[0]), rest[1:].rstrip(b"\0").decode(errors="replace"))
+        return cls(meaning, rest[0], rest[1:].rstrip(b"\0").decode(errors="replace"))
 
 
 def _exchange(context: Context, description: str, call: Call) -> Task[list[_Brought]]:
-    rank, size = context.rank, context.size
-    table = np.zeros((size, _DESCRIPTION_NBYTES), np.uint8)
     data = _Brought.of(description).to_bytes()[:_DESCRIPTION_NBYTES]
-    table[rank, : len(data)] = np.frombuffer(data, np.uint8)
-    layout = Layout.packed((_DESCRIPTION_NBYTES,) * size)
+    rows = yield from exchange_rows(context, data, _DESCRIPTION_NBYTES, call)
+    return [_Brought.from_bytes(row) for row in rows]
+
+
+def exchange_rows(context: Context, row: bytes, row_nbytes: int, call: Call) -> Task[list[bytes]]:
+    """Collect bytes of each rank on every rank, by rank, each followed by zeros up to `row_nbytes`."""
+    table = np.zeros((context.size, row_nbytes), np.uint8)
+    table[context.rank, : len(row)] = np.frombuffer(row, np.uint8)
+    layout = Layout.packed((row_nbytes,) * context.size)
     program = context.program("allgather", "ring", layout, _UINT8, nbytes=table.nbytes)
     yield from context.execute(program, [table.reshape(-1)], _UINT8, call)
-    return [_Brought.from_bytes(row.tobytes()) for row in table]
+    return [each.tobytes() for each in table]
 
 
 def _message(everything: list[_Brought]) -> str:
-    if len({each.is_straight for each in everything}) == 2 and len({each.meaning for each in everything}) == 1:
+    if len({each.way for each in everything}) > 1 and len({each.meaning for each in everything}) == 1:
         return FALL_BACK
     by_description: dict[str, list[int]] = {}
     for rank, each in enumerate(everything):

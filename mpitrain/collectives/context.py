@@ -21,7 +21,7 @@ from mpitrain.collectives.node_memory import NodeMemory
 from mpitrain.collectives.observed import ObservedAcross, observed_node
 from mpitrain.collectives.plan import Call
 from mpitrain.collectives.program import Program, compile_program
-from mpitrain.collectives.reclaim import Reclaimer
+from mpitrain.collectives.reclaim import Free, Reclaimer
 from mpitrain.collectives.reduction import Reduction
 from mpitrain.collectives.selection import DIRECT, HIERARCHICAL, Available, choose_num_segments
 from mpitrain.collectives.table import Shape, Table
@@ -98,7 +98,9 @@ class Context:
         self.across = None
         if self.node is not None and len(topology.nodes) > 1:
             self.across = AcrossNodes.make(transport, topology, settings, self.scratch)
-        self.memory = NodeMemory(transport, topology, self.node, self.reclaimer)
+        # What gives back device memory of the communicator's own, which others map.
+        self.close_owned: list[Free] = []
+        self.memory = NodeMemory(transport, topology, settings, self.node, self.reclaimer)
         # Where all ranks are on one node.
         self.meeting = self.node.meeting if self.node is not None and self.across is None else None
         shared = None if self.node is None else DIRECT if self.across is None else HIERARCHICAL
@@ -275,6 +277,7 @@ class Context:
             return
         self._is_freed = True
         self.reclaimer.reclaim()
+        self.reclaimer.free_together(self.close_owned)
         if self.across is not None:
             self.across.free()
         if self.node is not None:

@@ -26,10 +26,10 @@ from mpitrain.memory import ReduceOp, SharedDeviceArray, dtype_named
 from mpitrain.memory.device import CupyArray, Event, PinnedArray, hand_over, load_cupy, produced, streams_of
 from mpitrain.memory.device.kernels import reduce_peers
 
-__all__ = ["NUM_EVENTS", "DeviceRun", "check_kernels", "device_allreduce"]
+__all__ = ["NUM_EVENTS", "DeviceRun", "check_kernels", "device_allreduce", "queue_allreduce"]
 
 # Operations on one block whose events are told apart; more wait for their turn. CUDA allows few events of this kind.
-_NUM_SLOTS = 16
+_NUM_SLOTS = 8
 NUM_EVENTS = 2 * _NUM_SLOTS
 """Events that a rank needs for each block."""
 # How long a piece is on its way across nodes, and how many are at once.
@@ -88,29 +88,52 @@ def device_allreduce(
     Cost: each rank reads p slices and writes p, of n/p bytes each, where p is the number of ranks of the node.
     Determinism: reduced in rank order; same bits on all ranks, run after run.
     """
-    assert array.block is not None
-    flags, block = node.flags, array.block
     streams = streams_of(array.device)
-    stream = streams.compute
-    filled = 2 * (number % _NUM_SLOTS)
-    reduced = filled + 1
     yield from node.flag_users.turn(number, _NUM_SLOTS)
-    stream.wait_event(begin)
+    streams.compute.wait_event(begin)
+    yield from queue_allreduce(node, array, reduction, number + 1, 0, turn=number, across=across)
+    return streams.record(streams.compute)
+
+
+def queue_allreduce(
+    node: Node,
+    array: SharedDeviceArray,
+    reduction: Reduction,
+    number: int,
+    part: int,
+    *,
+    turn: int,
+    across: Across | None,
+) -> Task[None]:
+    """Queue the reduction of an array, after what is queued on the stream of kernels and before what will be.
+
+    Args:
+        node: As for `device_allreduce`; likewise what is not described.
+        array: See there.
+        reduction: See there.
+        number: For the flags; larger than those of the calls before.
+        part: Of the call.
+        turn: How many reductions there were on the block before, or more; chooses events.
+        across: See there.
+    """
+    assert array.block is not None
+    flags, block, stream = node.flags, array.block, streams_of(array.device).compute
+    filled = 2 * (turn % _NUM_SLOTS)
+    reduced = filled + 1
     block.record(filled, stream)
-    flags.signal(FILLED, number + 1)
-    yield from wait(flags, FILLED, number + 1)
+    flags.signal(FILLED, number, part)
+    yield from wait(flags, FILLED, number, part)
     block.wait(filled, stream)
     if across is None:
-        begin_count, end_count = slice_bounds(array.flat.size, node, node.rank, array.dtype.itemsize, None)
-        parts = [flat[begin_count:end_count] for flat in array.everybodys]
+        begin, end = slice_bounds(array.flat.size, node, node.rank, array.dtype.itemsize, None)
+        parts = [flat[begin:end] for flat in array.everybodys]
         _queue_reduction(parts, parts, array, reduction, divides=True)
     else:
         yield from _reduce_across(node, array, reduction, number, across)
     block.record(reduced, stream)
-    flags.signal(REDUCED, number + 1)
-    yield from wait(flags, REDUCED, number + 1)
+    flags.signal(REDUCED, number, part)
+    yield from wait(flags, REDUCED, number, part)
     block.wait(reduced, stream)
-    return streams.record(stream)
 
 
 def check_kernels(data: CupyArray) -> None:

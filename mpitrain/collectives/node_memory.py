@@ -12,6 +12,7 @@ from mpitrain.collectives.device_direct import NUM_EVENTS, check_kernels
 from mpitrain.collectives.node import Node
 from mpitrain.collectives.reclaim import Reclaimer
 from mpitrain.comm import Topology, Transport
+from mpitrain.config import Settings
 from mpitrain.errors import CollectiveError, UnavailableError
 from mpitrain.memory import DType, NodeArray, Place, SharedArray, SharedDeviceArray
 from mpitrain.memory.device import allocate_mapped_device, device_of
@@ -32,6 +33,7 @@ class NodeMemory:
     Args:
         transport: Of the communicator.
         topology: Of its ranks.
+        settings: Whether device memory is shared.
         node: This rank's; None where nothing is shared.
         reclaimer: Frees what is dead on all ranks.
 
@@ -39,10 +41,13 @@ class NodeMemory:
         sharers: Stands for these ranks in this order; communicators that are duplicates have it in common.
     """
 
-    def __init__(self, transport: Transport, topology: Topology, node: Node | None, reclaimer: Reclaimer) -> None:
+    def __init__(
+        self, transport: Transport, topology: Topology, settings: Settings, node: Node | None, reclaimer: Reclaimer
+    ) -> None:
         self._transport = transport
         self._topology = topology
         self._node = node
+        self._shares_devices = settings.shared_device_memory
         self._reclaimer = reclaimer
         self.sharers = object()
 
@@ -61,7 +66,7 @@ class NodeMemory:
         are_on_devices = [is_on_device for is_on_device, _ in everybodys]
         if number is None:
             return self._on_host(shape, dtype, is_shared=not any(are_on_devices))
-        return self._on_device(shape, dtype, number, is_shared=all(are_on_devices))
+        return self._on_device(shape, dtype, number, is_shared=all(are_on_devices) and self._shares_devices)
 
     def reclaim(self) -> None:
         """Free what is dead on all ranks. Every rank must call."""

@@ -14,7 +14,8 @@ from mpitrain.collectives import operations
 from mpitrain.collectives.awareness import find_awareness
 from mpitrain.collectives.context import Context
 from mpitrain.collectives.device_plans import plan_in_device_memory
-from mpitrain.collectives.plan import STRAIGHT, Plan
+from mpitrain.collectives.device_staging import DeviceStaging
+from mpitrain.collectives.plan import STRAIGHT, THROUGH_DEVICES, Plan
 from mpitrain.collectives.staged import STAGED, Staged, StagedRun, Use, plan_staged
 from mpitrain.collectives.straight import goes_straight, plan_straight
 from mpitrain.collectives.table_file import Machine
@@ -41,6 +42,7 @@ class DeviceArrays:
         self._context = context
         self._local_rank = topology.local_rank
         self._awareness: CudaAwareness | None = None
+        self._staging = DeviceStaging(context, self._tell_unshared)
 
     def plan(self, make_plan: Callable[..., Plan[Any]], arguments: Sequence[Any], options: dict[str, Any]) -> Plan[Any]:
         """Prepare a collective of which at least one array lies on a device, in the caller's thread.
@@ -70,6 +72,9 @@ class DeviceArrays:
 
         # The root's array of a scatter is no array elsewhere.
         are_all = len(on_device) == sum(array is not None for array in arguments)
+        if make_plan is operations.plan_allreduce and self._staging.takes(on_device[0], **options):
+            plan = self._staging.plan(on_device[0], caller, self._falling_back(staged), **options)
+            return dataclasses.replace(plan, enter=caller.enter)
         if not (are_all and self._is_straight() and goes_straight(self._context, make_plan, options)):
             plan = staged()
             return dataclasses.replace(plan, enter=_each(caller.enter, plan.enter))
@@ -98,7 +103,8 @@ class DeviceArrays:
         return run
 
     def stage_from_now_on(self) -> None:
-        """Some rank's arrays do not go straight to MPI, so none do any more."""
+        """Some rank's arrays lie on the host, or go by way of it, so all do from now on."""
+        self._staging.is_possible = False
         self._tell(CudaAwareness(is_aware=False, source="another rank's memory is the host's, or goes by way of it"))
 
     def _falling_back(self, staged: Callable[[], Plan[Any]]) -> Callable[[], Plan[Any]]:
@@ -110,6 +116,10 @@ class DeviceArrays:
             return plan
 
         return fall_back
+
+    def _tell_unshared(self, problem: str) -> None:
+        if self._context.rank == 0:
+            _log.warning("%s; ordinary device arrays do not go %s", problem, THROUGH_DEVICES)
 
     def _is_straight(self) -> bool:
         """Find out, once, whether this rank's device memory goes straight to MPI; it does if there is nobody else."""

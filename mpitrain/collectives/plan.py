@@ -11,10 +11,12 @@ from mpitrain.collectives.gate import Gates
 from mpitrain.collectives.small import SmallAllreduce
 from mpitrain.observe import OperationTrace
 
-__all__ = ["STRAIGHT", "Call", "Plan", "empty_plan", "is_empty"]
+__all__ = ["STRAIGHT", "THROUGH_DEVICES", "Call", "Plan", "empty_plan", "is_empty"]
 
 STRAIGHT = "straight to MPI"
 """What the description of a plan says whose device memory MPI sees."""
+THROUGH_DEVICES = "through device memory"
+"""What the description of a plan says whose arrays pass through device memory that the node shares."""
 
 Result = TypeVar("Result")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
 from mpitrain.comm import Transport
@@ -79,14 +79,19 @@ class Reclaimer:
         if not registries:
             return
         everybodys = self._transport.gather_everywhere([frozenset(registry.dead) for registry in registries])
-        freed = []
+        dying = []
         for index, registry in enumerate(registries):
             for number in sorted(frozenset.intersection(*(dead[index] for dead in everybodys))):
                 registry.dead.discard(number)
-                freed.append(registry.free.pop(number)())
-        if freed:
+                dying.append(registry.free.pop(number))
+        self.free_together(dying)
+        self._registries = [self._own, *(each for each in self._registries if each is not self._own and each.free)]
+
+    def free_together(self, dying: Sequence[Free]) -> None:
+        """Free things, as many and in the same order on all ranks, and finish each when all ranks have freed it."""
+        finishes = [free() for free in dying]
+        if finishes:
             self._transport.gather_everywhere(None)
-        for finish in freed:
+        for finish in finishes:
             if finish is not None:
                 finish()
-        self._registries = [self._own, *(each for each in self._registries if each is not self._own and each.free)]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
-__all__ = ["Announcement", "Decision", "Tensor"]
+from mpitrain.memory import FlatArray
+
+__all__ = ["Announcement", "Decision", "Tensor", "tensors_of"]
 
 
 class Tensor(NamedTuple):
@@ -17,6 +20,12 @@ class Tensor(NamedTuple):
 
     dtype: str
     shape: tuple[int, ...]
+
+
+def tensors_of(collective: str, views: Iterable[FlatArray]) -> tuple[Tensor, ...]:
+    """Describe arrays; what is gathered has rows, so a scalar is one."""
+    least = (1,) if collective == "allgather" else ()
+    return tuple(Tensor(view.dtype.name, tuple(view.shape) or least) for view in views)
 
 
 class Announcement(NamedTuple):

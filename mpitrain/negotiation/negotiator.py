@@ -18,11 +18,11 @@ from typing import Any
 from mpitrain.collectives import Communicator, Handle, Task
 from mpitrain.errors import CommError
 from mpitrain.memory import DTYPES, flat_view
-from mpitrain.negotiation.announcement import Announcement, Decision, Tensor
+from mpitrain.negotiation.announcement import Announcement, Decision, tensors_of
 from mpitrain.negotiation.coordinator import Coordinator
 from mpitrain.negotiation.device_arrays import start_staged
 from mpitrain.negotiation.execution import Entry, Results, contiguous, neutral_entries, run_decision
-from mpitrain.negotiation.failures import as_collective_error, error_of, error_of_closing
+from mpitrain.negotiation.failures import as_collective_error, error_of, error_of_closing, error_of_name
 from mpitrain.negotiation.joining import JOIN, STEP, STEP_END, Steps, UnnamedOperations
 from mpitrain.negotiation.refusals import Refusals
 from mpitrain.negotiation.stalls import StallWatch, Waiting
@@ -113,9 +113,7 @@ class Negotiator:
         if not in_place:
             arrays = [contiguous(array) for array in arrays]
         views = [flat_view(array, name=name, writable=in_place) for array in arrays]
-        tensors = tuple(Tensor(view.dtype.name, tuple(view.shape)) for view in views)
-        if collective == "allgather":
-            tensors = tuple(Tensor(tensor.dtype, tensor.shape or (1,)) for tensor in tensors)
+        tensors = tensors_of(collective, views)
         announcement = Announcement(name, collective, tensors, op, root, prescale, postscale, tuple(splits))
         enter = functools.partial(self._enter, announcement, in_place=in_place)
         if all(view.is_host for view in views):
@@ -175,10 +173,7 @@ class Negotiator:
             if self._stand_in is not None and collective != JOIN:
                 raise ValueError(f"{name}: cannot be started on a rank that has joined; wait until join has returned")
             if name in self._names:
-                raise ValueError(
-                    "Requested to allreduce, allgather, or broadcast a tensor with the same name as another "
-                    f"tensor that is currently being processed: {name!r}; wait for that one, or pass another name"
-                )
+                raise error_of_name(name)
             entry.observe(self.comm.engine.recorder)
             if not self._refusals.put_behind(entry):
                 self._submit(entry)
@@ -211,8 +206,7 @@ class Negotiator:
 
     def leave(self, reason: str) -> None:
         """End here: this rank takes part in no further operation. The others are told, so that none waits in vain."""
-        is_first = self._close(Decision((), reason="left", closed=f"this rank {reason}"))
-        if is_first:
+        if self._close(Decision((), reason="left", closed=f"this rank {reason}")):
             # Whoever cannot be told learns it from the transport.
             with contextlib.suppress(CommError):
                 self._tell_of_leaving(reason)

@@ -5,7 +5,9 @@ bucket, scaled and cast in the same pass. A bucket that is full is all-reduced a
 that the ranks of a node share. Buckets start in one order on all ranks, whatever the order in which they fill, so
 nothing needs to be negotiated.
 
-From the hook on, `param.grad` is the gradient's place in the bucket; no further copy is made. Its contents are in flux
+Where parameters lie on a device, so do their buckets, and a bucket is filled at once; see `device_buckets`.
+
+From then on, `param.grad` is the gradient's place in the bucket; no further copy is made. Its contents are in flux
 until the step's gradients are synchronized.
 
 The first step is different: its backward pass shows in which order gradients come and which are sparse. The ranks

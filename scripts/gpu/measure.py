@@ -18,7 +18,7 @@ import numpy as np
 
 from gpu.limits import direct_limit_s, staged_limit_s
 from mpitrain import Communicator, Settings
-from mpitrain.collectives.plan import STRAIGHT
+from mpitrain.collectives.plan import STRAIGHT, THROUGH_DEVICES
 from mpitrain.memory import dtype_named
 from mpitrain.memory.device import PinnedArray, describe_devices, device_of, load_cupy, streams_of
 
@@ -96,10 +96,12 @@ class Bench:
         if (direct_s := self._direct_s()) is not None:
             limit_s = direct_limit_s(self.nbytes, self.ranks_per_device, rates["device_traffic"])
             rows.append(self._row("direct", direct_s, limit_s))
+        if (through_s := self._ordinary_s(THROUGH_DEVICES)) is not None:
+            rows.append(self._row(THROUGH_DEVICES, through_s, None))
         staged_s, transfer_s = self._staged_s()
         limit_s = staged_limit_s(self.nbytes, rates["to_host"], rates["to_device"], transfer_s)
         rows += [self._row("staged", staged_s, limit_s), self._row("host array", transfer_s, None)]
-        if (straight_s := self._straight_s()) is not None:
+        if (straight_s := self._ordinary_s(STRAIGHT, shared_device_memory=False)) is not None:
             rows.append(self._row("CUDA-aware", straight_s, None))
         return rows
 
@@ -110,7 +112,7 @@ class Bench:
         return self.watch.median_s(lambda: self.comm.allreduce_(array, op="average"))
 
     def _staged_s(self) -> tuple[float, float]:
-        comm = self.comm.duplicate(self.comm.settings.replace(cuda_aware="no"))
+        comm = self.comm.duplicate(self.comm.settings.replace(cuda_aware="no", shared_device_memory=False))
         array, host = self._array(), PinnedArray(FLOAT32, (self.count,))
         host.flat[:] = self.comm.rank
         staged_s = self.watch.median_s(lambda: comm.allreduce_(array, op="average"))
@@ -118,13 +120,16 @@ class Bench:
         comm.free()
         return staged_s, transfer_s
 
-    def _straight_s(self) -> float | None:
-        array = self._array()
-        handle = self.comm.allreduce_async_(array, op="average")
+    def _ordinary_s(self, way: str, **settings: Any) -> float | None:
+        """Return the time of an array that is not shared; None where it does not go that way."""
+        comm, array = self.comm.duplicate(self.comm.settings.replace(**settings)), self._array()
+        handle = comm.allreduce_async_(array, op="average")
         handle.wait()
-        if STRAIGHT not in handle.description:
-            return None
-        return self.watch.median_s(lambda: self.comm.allreduce_(array, op="average"))
+        time_s = None
+        if way in handle.description:
+            time_s = self.watch.median_s(lambda: comm.allreduce_(array, op="average"))
+        comm.free()
+        return time_s
 
     def _array(self) -> Any:
         with self.cupy.cuda.Device(self.device):

@@ -7,12 +7,12 @@ import gc
 import numpy as np
 import pytest
 
-from mpitrain.collectives import Communicator
+from mpitrain.collectives import Communicator, device_staging
 from mpitrain.config import Settings
 from tests.support.devices import each_cupy
 from tests.support.host_kernels import needs_compiler
 
-pytestmark = [pytest.mark.timeout(90), needs_compiler]
+pytestmark = pytest.mark.timeout(90)
 
 __all__ = ["each_cupy"]
 
@@ -103,6 +103,22 @@ def test_many_in_flight(comm):
             np.testing.assert_array_equal(seen[row], everybodys(comm.size, 999, turn=row + turn).sum(0))
 
 
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("count", [300_000, 524_288, 1_200_001])
+def test_ordinary_arrays_pass_in_pieces(each_cupy, comm, monkeypatch, count):
+    monkeypatch.setattr(device_staging, "_MEMORY_NBYTES", 2 << 20)
+    array = each_cupy.empty(count, np.float32)
+    for turn in range(3):
+        array.set(values(comm.rank, count, turn=turn))
+        handle = comm.allreduce_async_(array)
+        assert "through device memory" in handle.description
+        handle.wait()
+        array *= 2
+        np.testing.assert_array_equal(array.get(), 2 * everybodys(comm.size, count, turn=turn).sum(0))
+    result = comm.allreduce(array, op="average")
+    np.testing.assert_array_equal(result.get(), array.get())
+
+
 def test_communicators_of_some_ranks_have_arrays_of_their_own(comm):
     half = comm.split(comm.rank % 2)
     array = filled(half, 100)
@@ -138,9 +154,10 @@ def test_memory_comes_and_goes(each_cupy, comm):
         comm.barrier()
         # What CUDA and CuPy need for themselves comes with the first.
         free_before = free_nbytes if free_before is None else free_before
-    assert free_nbytes > free_before - (2 << 20)
+    assert free_nbytes > free_before - (16 << 20)
 
 
+@needs_compiler
 @pytest.mark.mpi(min_size=2)
 def test_slow_device_of_one_rank(fake_cupy):
     comm = Communicator.from_mpi(settings=Settings(wait="sleep"))

@@ -18,10 +18,9 @@ from mpitrain.memory import SharedDeviceArray  # noqa: E402
 from mpitrain.memory.device import streams_of  # noqa: E402
 from mpitrain.torch import device_buckets  # noqa: E402
 from tests.support.devices import each_cupy  # noqa: E402
-from tests.support.host_kernels import needs_compiler  # noqa: E402
 from tests.support.training import Net, batch, initialized, needs_peers, sgd  # noqa: E402
 
-pytestmark = [pytest.mark.timeout(90), needs_compiler]
+pytestmark = pytest.mark.timeout(90)
 
 __all__ = ["each_cupy"]
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.support.fake_cupy import stand_in
+from tests.support.host_kernels import needs_compiler
 
 __all__ = ["each_cupy", "real_cupy"]
 
@@ -25,7 +26,7 @@ def real_cupy() -> ModuleType:
     return cupy
 
 
-@pytest.fixture(params=["stand-in", pytest.param("device", marks=pytest.mark.gpu)])
+@pytest.fixture(params=[pytest.param("stand-in", marks=needs_compiler), pytest.param("device", marks=pytest.mark.gpu)])
 def each_cupy(request: Any) -> Iterator[ModuleType]:
     """Run a test on the stand-in, and on a device if there is one."""
     if request.param == "device":

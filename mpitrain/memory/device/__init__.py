@@ -12,7 +12,7 @@ from mpitrain.memory.device.arrays import (
     is_device_array,
     is_read_only,
 )
-from mpitrain.memory.device.ipc import DeviceBlock, allocate_mapped_device
+from mpitrain.memory.device.ipc import DeviceBlock, Holdings, allocate_mapped_device, mapping_device_memory
 from mpitrain.memory.device.library import CupyArray, explained, is_installed, load_cupy
 from mpitrain.memory.device.staging import Image, PinnedArray, pinned_pool
 from mpitrain.memory.device.streams import (
@@ -31,6 +31,7 @@ __all__ = [
     "CupyArray",
     "DeviceBlock",
     "Event",
+    "Holdings",
     "Image",
     "PinnedArray",
     "Stream",
@@ -49,6 +50,7 @@ __all__ = [
     "is_installed",
     "is_read_only",
     "load_cupy",
+    "mapping_device_memory",
     "pinned_pool",
     "produced",
     "streams_of",

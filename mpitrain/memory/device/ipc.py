@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -20,11 +20,13 @@ from mpitrain.errors import UnavailableError
 from mpitrain.memory.device.library import CupyArray, explained, load_cupy
 from mpitrain.memory.device.streams import Event, Stream, streams_of
 
-__all__ = ["DeviceBlock", "Holdings", "allocate_mapped_device"]
+__all__ = ["DeviceBlock", "Holdings", "allocate_mapped_device", "mapping_device_memory"]
 
 Result = TypeVar("Result")
 
 _SUBJECT = "device memory"
+# Smaller allocations of cudaMalloc may be parts of a larger one, all of which a handle would hand over.
+_GRAIN_NBYTES = 2 << 20
 # What a rank writes to the begin of its memory, for the others to find there.
 _MARK_NBYTES = 16
 _TOKEN = uuid.uuid4().hex
@@ -79,13 +81,13 @@ class Holdings:
     def __init__(self, own: _Own, mappings: _Mappings, device: int) -> None:
         self.own = own
         self._mappings = mappings
-        self._device = device
+        self._stream = streams_of(device).compute
         _open.add(self)
 
     def close(self) -> Callable[[], None]:
         """Close the mappings; return what lets go of the memory, to be called when all ranks have closed theirs."""
         # What an operation has queued may still be at work after the operation has ended for the host.
-        streams_of(self._device).compute.synchronize()
+        self._stream.synchronize()
         self._mappings.close()
         return self._let_go
 
@@ -103,6 +105,7 @@ class DeviceBlock:
 
     Args:
         rank: This rank on the node.
+        nbytes: Of each rank's memory.
         device: Number of the device of this rank's own memory.
         holdings: What the block is made of, and what is to be closed after it.
         opened: Those of the others.
@@ -113,7 +116,7 @@ class DeviceBlock:
         views: Each rank's memory as bytes, by rank on the node.
     """
 
-    def __init__(self, rank: int, device: int, holdings: Holdings, opened: _Opened) -> None:
+    def __init__(self, rank: int, nbytes: int, device: int, holdings: Holdings, opened: _Opened) -> None:
         self.device = device
         self.holdings = holdings
         self._cupy = load_cupy(_SUBJECT)
@@ -124,7 +127,7 @@ class DeviceBlock:
         memories = [cuda.UnownedMemory(address, memory.size, None, device) for address in opened.addresses]
         memories[rank] = memory
         self.views: list[CupyArray] = [
-            self._cupy.ndarray((memory.size,), np.uint8, cuda.MemoryPointer(each, 0)) for each in memories
+            self._cupy.ndarray((nbytes,), np.uint8, cuda.MemoryPointer(each, 0)) for each in memories
         ]
 
     def typed(self, storage: np.dtype[Any], offset_nbytes: int, count: int) -> list[CupyArray]:
@@ -149,35 +152,60 @@ class DeviceBlock:
 def allocate_mapped_device(
     rank: int, nbytes: int, num_events: int, device: int, share: Callable[[Any], list[Any]]
 ) -> DeviceBlock:
-    """Allocate device memory per rank that all ranks map; zero at first.
+    """Allocate as `mapping_device_memory` does.
 
     Args:
         rank: This rank, among those of `share`.
+        nbytes: See there; likewise the next two.
+        num_events: See there.
+        device: See there.
+        share: Collects a value of each rank on every rank, all of which are on one node; every one must call.
+
+    Raises:
+        UnavailableError: See there.
+    """
+    steps = mapping_device_memory(rank, nbytes, num_events, device)
+    try:
+        value = next(steps)
+        while True:
+            value = steps.send(share(value))
+    except StopIteration as stop:
+        return stop.value  # type: ignore[no-any-return]
+
+
+def mapping_device_memory(
+    rank: int, nbytes: int, num_events: int, device: int
+) -> Generator[Any, list[Any], DeviceBlock]:
+    """Allocate device memory per rank that all ranks map; zero at first.
+
+    Yields values of this rank, and is sent those of all ranks, by rank; as many on every rank.
+
+    Args:
+        rank: This rank, on its node.
         nbytes: Size of this rank's memory, the same on every rank; at least 1.
         num_events: How many events each rank has, the same on every rank.
         device: Number of this rank's device; ranks may share one.
-        share: Collects a value of each rank on every rank, all of which are on one node; every one must call.
 
     Raises:
         UnavailableError: A rank has no device, no room or no access to a peer's memory; on every rank, with the reason
             of the first such rank.
     """
     own, problem = _attempt(lambda: _allocate(nbytes, num_events, device))
-    exports: list[_Export] = share(_Export(_process(), problem=problem) if own is None else own.export)
+    exports: list[_Export] = yield (_Export(_process(), problem=problem) if own is None else own.export)
     _raise_first([each.problem for each in exports])
     assert own is not None
     mappings = _Mappings(device)
     opened, problem = _attempt(lambda: mappings.open(exports, rank))
-    problems = share(problem and f"rank {rank} of the node cannot map the memory of the others: {problem}")
+    problems = yield (problem and f"rank {rank} of the node cannot map the memory of the others: {problem}")
     if any(problems) or opened is None:
         mappings.close()
-        share("")  # nobody maps this rank's memory any more when it goes
+        yield ""  # nobody maps this rank's memory any more when it goes
         _raise_first(problems)
     assert opened is not None
     stream = streams_of(device).compute
     mappings.runtime.memsetAsync(own.memory.ptr, 0, _MARK_NBYTES, stream.ptr)
     stream.synchronize()
-    return DeviceBlock(rank, device, Holdings(own, mappings, device), opened)
+    return DeviceBlock(rank, nbytes, device, Holdings(own, mappings, device), opened)
 
 
 class _Mappings:
@@ -240,8 +268,7 @@ def _allocate(nbytes: int, num_events: int, device: int) -> _Own:
     cupy = load_cupy(_SUBJECT)
     runtime, stream = cupy.cuda.runtime, streams_of(device).compute
     with explained(_SUBJECT), cupy.cuda.Device(device):
-        # Never smaller than the mark, which is there before the zeros.
-        memory = cupy.cuda.Memory(max(nbytes, _MARK_NBYTES))
+        memory = cupy.cuda.Memory(-(-nbytes // _GRAIN_NBYTES) * _GRAIN_NBYTES)
         events = [cupy.cuda.Event(disable_timing=True, interprocess=True) for _ in range(num_events)]
         mark = np.frombuffer(uuid.uuid4().bytes, np.uint8)
         runtime.memsetAsync(memory.ptr, 0, memory.size, stream.ptr)

@@ -168,7 +168,7 @@ def test_ranks_with_devices_of_their_own():
 
         def body(comm):
             array = filled(comm, 777)
-            assert array.place == f"cuda:{comm.rank}"
+            assert array.device_name == f"cuda:{comm.rank}"
             comm.allreduce_(array)
             with load_cupy("test").cuda.Device(array.device):
                 return array.cupy().get().tolist()

@@ -26,7 +26,9 @@ from tests.support.fake_cupy import stand_in
 from tests.support.ranks import SETTINGS, outcome, run_communicators
 
 # So small that what is exchanged has several pieces, which do not end where segments do.
-SMALL_PIECES = SETTINGS.replace(device_piece_nbytes=64, segment_nbytes=48, staging_nbytes=1024)
+SMALL_PIECES = SETTINGS.replace(
+    shared_device_memory=False, device_piece_nbytes=64, segment_nbytes=48, staging_nbytes=1024
+)
 COLLECTIVES = [name for name in CHECKS if name != "barrier"]
 
 

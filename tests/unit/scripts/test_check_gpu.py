@@ -109,12 +109,13 @@ def test_measurements_run_on_the_stand_in(tmp_path):
     path = tmp_path / "rows.json"
     path_of_jobs = os.pathsep.join(map(str, [FOLDER, SCRIPTS, SCRIPTS.parent]))
     variables = {"PYTHONPATH": path_of_jobs, "MPITRAIN_CUDA_AWARE": "no"}
-    sizes = ("--nbytes", 1 << 16, "--iterations", 2)
+    sizes = ("--nbytes", 2 << 20, "--iterations", 2)
     done = run_python(SCRIPTS / "gpu/measure.py", *sizes, "--json", path, size=2, **variables)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(path.read_text())
     assert [(row["path"], row["ranks"], row["ranks_per_device"]) for row in result["rows"]] == [
         ("direct", 2, 2),
+        ("through device memory", 2, 2),
         ("staged", 2, 2),
         ("host array", 2, 2),
     ]
