@@ -98,7 +98,7 @@ class Settings:
             have as much again.
         cuda_aware: Whether device arrays go straight to MPI: "yes", "no", or "auto", which tries it, once on each
             machine.
-        shared_device_memory: Let ranks of one node reduce in device memory that all of them map, where CUDA can do that.
+        shared_device_memory: Let ranks of one node reduce in device memory that all of them map, where CUDA can.
         device_piece_nbytes: Device arrays that pass through pinned memory of the host do so in pieces of this size, so
             that one is copied while another is on its way to other ranks.
         check: Compare what the ranks bring to each collective before it starts, so that a
