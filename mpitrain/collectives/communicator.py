@@ -90,7 +90,6 @@ class Communicator(ObjectCollectives, Allocation):
         self._freed = False
         self._observer = Observer(self.topology, self.settings, self.engine, self._watch)
         self._traffic, self.timeline = self._observer.traffic, self._observer.timeline
-        self._leave_functions: list[weakref.WeakMethod[Callable[[str], None]]] = []
 
     @classmethod
     def from_mpi(
@@ -206,8 +205,7 @@ class Communicator(ObjectCollectives, Allocation):
                 with contextlib.suppress(CollectiveMismatchError):
                     self.engine.drive(self._call(empty_plan(text), blocking=blocking, check=True))
             elif not isinstance(error, (ValueError, TypeError)):
-                # No argument, which all ranks may have in common.
-                self._watch.revoke(text, self._calls.number)
+                self.revoke(text)  # no argument, which all ranks may have in common
             raise
 
     def _call(self, plan: Plan[Result], *, blocking: bool, check: bool) -> Task[Result]:
@@ -366,7 +364,7 @@ class Communicator(ObjectCollectives, Allocation):
 
     def before_leaving(self, function: Callable[[str], None]) -> None:
         """Have `function(reason)` called when this rank leaves: a bound method, which is held weakly."""
-        self._leave_functions.append(weakref.WeakMethod(function))
+        self._watch.leave_functions.append(weakref.WeakMethod(function))
 
     def while_waiting(self, function: Callable[[], None]) -> None:
         """Have `function()` called now and then while an operation waits for other ranks: a bound method, held weakly.
@@ -380,9 +378,6 @@ class Communicator(ObjectCollectives, Allocation):
 
         What is in flight here is given up. Earlier operations are not disturbed on ranks that are still busy with them.
         """
-        for reference in self._leave_functions:
-            if function := reference():
-                function(reason)
         self._watch.leave(reason)
 
     def await_departures(self, limit_s: float) -> bool:

@@ -62,6 +62,7 @@ class PeerWatch:
         self.latest = ""
         self.on_stall: Callable[[str, int, float], None] = _ignore
         # Bound methods, held weakly.
+        self.leave_functions: list[weakref.WeakMethod[Callable[[str], None]]] = []
         self.idle_functions: list[weakref.WeakMethod[Callable[[], None]]] = []
 
     def revoke(self, reason: str, call_index: int = 0) -> None:
@@ -79,6 +80,9 @@ class PeerWatch:
     def leave(self, reason: str) -> None:
         """Tell all others that this rank takes part in no further operation; what is in flight here ends."""
         self.leaving = reason
+        for reference in self.leave_functions:
+            if function := reference():
+                function(reason)
         call_index = self._calls.first_unfinished()
         if call_index < self._calls.number:
             self._note_revoked(f"rank {self._transport.rank}: {reason}", call_index)
