@@ -212,7 +212,7 @@ class Communicator(ObjectCollectives, Allocation):
         """Return the guarded task of one call; taking its number here keeps calls in order on all ranks."""
         self._watch.check(self._calls.number)
         if plan.enter is not None:
-            plan.enter()
+            self._watch.attempt(plan.enter, plan.description, self._calls.number)
         context = self._context
         agrees_natively = check and context.meeting is None
         # A plan that falls back may need whatever there is.
@@ -243,8 +243,10 @@ class Communicator(ObjectCollectives, Allocation):
                 if is_empty(plan):
                     is_over = True
                     return cast("Result", FALL_BACK)  # whoever checks makes another plan
-                plan = plan if plan.fallback is None else plan.fallback()
-                disagreement = yield from self._agree(plan, call, index, check=check)
+                if plan.fallback is not None:
+                    plan = self._watch.attempt(plan.fallback, plan.description, index)
+                # By messages: other ranks may have given back their turn of the MPI library.
+                disagreement = yield from self._agree(plan, call._replace(ticket=-1), index, check=check)
             if disagreement:
                 # All ranks know and nothing was started, so the communicator stays usable.
                 is_over = True

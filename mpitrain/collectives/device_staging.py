@@ -47,6 +47,8 @@ class DeviceStaging:
         self._least_nbytes = 0 if context.meeting is None else context.meeting.slot_nbytes + 1
         settings = context.settings
         self.is_possible = context.available.shared == DIRECT and settings.check and settings.shared_device_memory
+        # Whether there is no such memory: known in the turn of a call that needs it, so the same on all ranks.
+        self._has_failed = False
         self._memory: SharedDeviceArray | None = None
         # Pieces so far, the same on all ranks.
         self._pieces = 0
@@ -121,10 +123,10 @@ class DeviceStaging:
 
     def _is_there(self, call: Call, device: int) -> Task[bool]:
         """Make the memory if it is not there; whether it is, which is the same on all ranks."""
-        if self._memory is None and self.is_possible:
+        if self._memory is None and not self._has_failed:
             problem = yield from self._make(call, device)
             if problem:
-                self.is_possible = False
+                self.is_possible, self._has_failed = False, True
                 self._tell(problem)
         return self._memory is not None
 
@@ -145,7 +147,7 @@ class DeviceStaging:
         holdings = block.holdings
 
         def close() -> Callable[[], None]:
-            self.is_possible, self._memory = False, None
+            self.is_possible, self._has_failed, self._memory = False, True, None
             return holdings.close()
 
         context.close_owned.append(close)

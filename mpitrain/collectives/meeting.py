@@ -150,6 +150,8 @@ class Meeting:
         """Note an operation without a meeting; every rank must, in its place among all."""
         # By an even number, so that the slots go on to take turns.
         self._number = number = self._number + _NUM_SLOTS
+        # Whoever sees that sees where this rank has come before.
+        self._fence()
         self._own[_PASSED] = number
 
     def agrees(self) -> bool:

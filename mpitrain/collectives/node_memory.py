@@ -122,7 +122,7 @@ class NodeMemory:
         try:
             array = make()
         except MemoryError as error:
-            self._transport.gather_everywhere(str(error))
+            self._transport.gather_everywhere(str(error) or type(error).__name__)
             raise
         for rank, problem in enumerate(self._transport.gather_everywhere("")):
             if problem:

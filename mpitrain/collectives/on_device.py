@@ -6,6 +6,7 @@ Straight to MPI they go if that is CUDA-aware on all ranks; see `awareness`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -42,7 +43,7 @@ class DeviceArrays:
         self._context = context
         self._local_rank = topology.local_rank
         self._awareness: CudaAwareness | None = None
-        self._staging = DeviceStaging(context, self._tell_unshared)
+        self._staging = DeviceStaging(context, functools.partial(_tell_unshared, context.rank))
 
     def plan(self, make_plan: Callable[..., Plan[Any]], arguments: Sequence[Any], options: dict[str, Any]) -> Plan[Any]:
         """Prepare a collective of which at least one array lies on a device, in the caller's thread.
@@ -117,10 +118,6 @@ class DeviceArrays:
 
         return fall_back
 
-    def _tell_unshared(self, problem: str) -> None:
-        if self._context.rank == 0:
-            _log.warning("%s; ordinary device arrays do not go %s", problem, THROUGH_DEVICES)
-
     def _is_straight(self) -> bool:
         """Find out, once, whether this rank's device memory goes straight to MPI; it does if there is nobody else."""
         if self._context.size == 1:
@@ -166,3 +163,8 @@ def _each(*functions: Callable[[], None] | None) -> Callable[[], None]:
                 function()
 
     return call
+
+
+def _tell_unshared(rank: int, problem: str) -> None:
+    if rank == 0:
+        _log.warning("%s; ordinary device arrays do not go %s", problem, THROUGH_DEVICES)

@@ -77,6 +77,14 @@ class PeerWatch:
         """
         self.revoke(reason, min(call_index, self._calls.first_unfinished()))
 
+    def attempt(self, function: Callable[[], Result], description: str, call_index: int) -> Result:
+        """Call what this rank does by itself for an operation; if it fails, the operation fails on all ranks."""
+        try:
+            return function()
+        except BaseException as error:
+            self.give_up(f"{description}: {text_of(error)}", call_index)
+            raise
+
     def leave(self, reason: str) -> None:
         """Tell all others that this rank takes part in no further operation; what is in flight here ends."""
         self.leaving = reason
@@ -144,7 +152,10 @@ class PeerWatch:
                 self._note_revoked(f"rank {source}: {reason}", int(call_index))
             else:
                 with self._lock:
-                    self._left[source] = (int(call_index), reason)
+                    known = self._left.get(source)
+                    # A rank may say so more than once; what it has given up it does not take up again.
+                    if known is None or int(call_index) < known[0]:
+                        self._left[source] = (int(call_index), reason)
             return
         topic, _, rest = news.partition(b" ")
         if receive := self._subscribers.get(topic):
@@ -197,6 +208,11 @@ class PeerWatch:
                             has_stalled = True
                             self.on_stall(description, call_index, now_s - idle_since_s)
                 yield moved
+        except (CommRevokedError, RankFailedError) as error:
+            # Learned from others: what is in flight here besides may still be completed.
+            task.close()
+            self.revoke(f"{description}: {text_of(error)}", call_index)
+            raise
         except BaseException as error:
             # Interrupted or dropped half way, the operation cannot be taken up again: the others must know as well.
             task.close()

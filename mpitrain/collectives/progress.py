@@ -31,16 +31,21 @@ _WAIT = "wait"
 def drive(task: Task[Result], *, spin: bool) -> Result:
     """Run a task to its end in the calling thread."""
     backoff: Backoff | None = None
-    while True:
-        try:
-            moved = next(task)
-        except StopIteration as stop:
-            return stop.value  # type: ignore[no-any-return]
-        if moved:
-            backoff = None
-        else:
-            backoff = backoff or Backoff(spin=spin)
-            backoff.pause()
+    try:
+        while True:
+            try:
+                moved = next(task)
+            except StopIteration as stop:
+                return stop.value  # type: ignore[no-any-return]
+            if moved:
+                backoff = None
+            else:
+                backoff = backoff or Backoff(spin=spin)
+                backoff.pause()
+    except BaseException:
+        # Interrupted between two steps, the task would live on in the traceback, and nobody would hear of it.
+        task.close()
+        raise
 
 
 class Handle(Generic[Result]):

@@ -22,6 +22,7 @@ def start_staged(
     description: str,
     views: Sequence[FlatArray],
     start: Callable[[list[Any]], Handle[Results]],
+    refuse: Callable[[str], None],
     *,
     in_place: bool,
 ) -> Handle[Results]:
@@ -32,6 +33,7 @@ def start_staged(
         description: For messages.
         views: Of the arrays.
         start: Starts it on arrays of the host; what it raises is raised where the handle is waited for.
+        refuse: Called instead, with what is wrong, if it does not come to that.
         in_place: Whether results replace the arrays.
 
     Raises:
@@ -39,13 +41,20 @@ def start_staged(
         UnavailableError: CuPy, or what it needs, is missing.
     """
     run = comm.devices.stage(views, in_place=in_place)
-    return comm.engine.start(_staged(run, start), description)
+    return comm.engine.start(_staged(run, start, refuse), description)
 
 
-def _staged(run: StagedRun, start: Callable[[list[Any]], Handle[Results]]) -> Task[Results]:
-    while not run.has_arrived:
-        yield False
-    handle = start(list(run.hosts))
+def _staged(
+    run: StagedRun, start: Callable[[list[Any]], Handle[Results]], refuse: Callable[[str], None]
+) -> Task[Results]:
+    try:
+        while not run.has_arrived:
+            yield False
+        handle = start(list(run.hosts))
+    except BaseException as error:
+        # Nothing was announced, and others may wait for it.
+        refuse(f"{type(error).__name__}: {error}")
+        raise
     while not handle.done:
         yield False
     results = [run.take(result) for result in handle.wait()]

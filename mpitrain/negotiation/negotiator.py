@@ -118,7 +118,8 @@ class Negotiator:
         enter = functools.partial(self._enter, announcement, in_place=in_place)
         if all(view.is_host for view in views):
             return enter(list(arrays))
-        return start_staged(self.comm, f"{collective} {name}", views, enter, in_place=in_place)
+        refuse = functools.partial(self.refuse, name, collective)
+        return start_staged(self.comm, f"{collective} {name}", views, enter, refuse, in_place=in_place)
 
     def await_name(self, name: str) -> None:
         """Return when no operation of this name is in flight here."""

@@ -178,6 +178,8 @@ class GradientReducer(BackwardPasses):
             self.end_step()
             raise
         except BaseException as error:
+            # The others may wait in a set-up operation of the group.
+            self._group.revoke(f"an optimizer could not lay out its gradients: {type(error).__name__}: {error}")
             self._let_go(error)
             raise
 

@@ -9,6 +9,7 @@ torch = pytest.importorskip("torch")
 import mpitrain.torch as hvd  # noqa: E402
 from mpitrain.collectives import Handle, PersistentPlan  # noqa: E402
 from mpitrain.torch.named_gradients import NamedGradients  # noqa: E402
+from mpitrain.torch.reducer import GradientReducer  # noqa: E402
 from mpitrain.torch.slots import Bucket  # noqa: E402
 from mpitrain.torch.starting import Operation  # noqa: E402
 from tests.support.ranks import outcome  # noqa: E402
@@ -97,6 +98,27 @@ def test_an_interrupted_step_is_never_mixed_with_the_next_one(where, turn, place
     hvd.shutdown()
     hvd.init()
     for step in range(5, 8):
+        assert training.step(step) == total(step)
+
+
+@pytest.mark.parametrize("name", ["_add", "_agree", "_build"])
+def test_an_interrupt_while_new_parameters_are_taken_on(name, monkeypatch):
+    training = Training()
+    for step in range(2):
+        assert training.step(step) == total(step)
+    training.params.append(torch.nn.Parameter(torch.ones(3)))
+    training.optimizer.add_param_group({"params": training.params[-1:]})
+    if is_odd():
+        interrupt(monkeypatch, GradientReducer, name, 1, "before")
+        with pytest.raises(KeyboardInterrupt):
+            training.step(2)
+        monkeypatch.undo()
+    else:
+        # The others wait for it in operations that set something up.
+        assert isinstance(outcome(lambda: training.step(2)), hvd.HorovodInternalError)
+    hvd.shutdown()
+    hvd.init()
+    for step in range(3, 6):
         assert training.step(step) == total(step)
 
 

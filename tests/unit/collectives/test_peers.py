@@ -89,10 +89,13 @@ def test_interrupted_call_makes_all_others_raise(interrupt, monkeypatch):
 
     monkeypatch.setattr(progress, "Backoff", Backoff)
 
+    kept = []
+
     def body(comm):
         if comm.rank == 0:
-            with pytest.raises(interrupt):
+            with pytest.raises(interrupt) as caught:
                 comm.allreduce(np.arange(10.0), algorithm="ring")
+            kept.append(caught)  # with all that the traceback refers to
             return None
         time.sleep(0.05)
         return comm.allreduce(np.arange(10.0), algorithm="ring")
@@ -198,6 +201,43 @@ def test_what_ends_in_a_later_operation_does_not_spoil_an_earlier_one(end, monke
     for array, error in soon(3, body, settings=UNCHECKED):
         np.testing.assert_array_equal(array, np.arange(5.0))
         assert isinstance(error, CommError)
+
+
+def test_who_learns_of_a_departure_in_a_later_operation_completes_the_earlier_one():
+    # Rank 2 has done its part of the reduction and leaves; rank 0 is told in the next operation, before rank 1 begins.
+    has_learned = threading.Event()
+
+    def body(comm):
+        array = np.arange(5.0)
+        if comm.rank == 1:
+            has_learned.wait(SOON_S)
+            return comm.reduce(array, root=0, algorithm="binomial")
+        handle = comm.reduce_async(array, root=0, algorithm="binomial")
+        if comm.rank == 2:
+            handle.wait()
+            comm.leave("has finished")
+            return None
+        assert isinstance(outcome(lambda: comm.allreduce(array, algorithm="ring")), RankFailedError)
+        has_learned.set()
+        return handle.wait()
+
+    np.testing.assert_array_equal(soon(3, body, settings=UNCHECKED)[0], 3 * np.arange(5.0))
+
+
+def test_what_a_rank_has_given_up_it_does_not_take_up_again():
+    def body(comm):
+        if comm.rank == 0:
+            comm.allreduce_async(np.ones(10), algorithm="ring")
+            comm.leave("has shut down")
+            comm._calls.end(0)  # ended without a result, as the progress thread does
+            comm.leave("has finished")
+            return None
+        time.sleep(0.1)
+        comm._watch.read_news()
+        return outcome(lambda: comm.allreduce(np.ones(10), algorithm="ring"))
+
+    results = soon(3, body, settings=UNCHECKED, rendezvous=True)
+    assert all(isinstance(results[rank], CommError) for rank in (1, 2))
 
 
 def test_rank_that_leaves_in_the_middle_of_an_operation_gives_the_communicator_up():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mpitrain.collectives import Communicator
+from mpitrain.collectives.staged import StagedRun
 from mpitrain.comm import Transport, run_ranks
 from mpitrain.config import Settings
 from mpitrain.errors import CollectiveMismatchError
@@ -90,6 +91,36 @@ def test_other_collectives(library_of):
         assert of("reduce_scatter", library.full(5, rank + 1.0), op="sum").tolist() == [3.0] * (3 - rank)
 
     run(2, body)
+
+
+@pytest.mark.parametrize("kind", [MemoryError, KeyboardInterrupt])
+def test_a_copy_that_fails_on_one_rank_is_an_error_on_all(fake_cupy, monkeypatch, kind):
+    poor = []
+    has_arrived = StagedRun.has_arrived.fget
+
+    def lacking(run):
+        if run in poor:
+            raise kind("the copy failed")
+        return has_arrived(run)
+
+    def body(negotiator):
+        stage = negotiator.comm.devices.stage
+
+        def staged(*arguments, **options):
+            run = stage(*arguments, **options)
+            if negotiator.comm.rank == 1:
+                poor.append(run)
+            return run
+
+        monkeypatch.setattr(negotiator.comm.devices, "stage", staged)
+        with pytest.raises((CollectiveMismatchError, kind), match="the copy failed"):
+            negotiator.start("x", "allreduce", [fake_cupy.ones(30)], op="sum").wait(WAIT_S)
+        monkeypatch.setattr(negotiator.comm.devices, "stage", stage)
+        (result,) = negotiator.start("x", "allreduce", [fake_cupy.ones(30)], op="sum").wait(WAIT_S)
+        assert result.tolist() == [3.0] * 30
+
+    monkeypatch.setattr(StagedRun, "has_arrived", property(lacking))
+    run(3, body)
 
 
 def test_different_shapes_are_an_error_on_all_ranks(fake_cupy):
