@@ -38,6 +38,7 @@ from mpitrain.memory import (
     check_op,
     parse_op,
 )
+from mpitrain.memory.device import is_done
 from mpitrain.schedules import find_algorithm
 
 __all__ = ["CallOrder", "Context"]
@@ -199,7 +200,7 @@ class Context:
         end = yield from device_allreduce(node, array, reduction, call.number, begin=run.begin, across=across)
         run.end(end)
         # The caller of a blocking call gets an error if it takes too long, and a result that is there.
-        while call.blocking and not end.done:
+        while call.blocking and not is_done(end):
             yield False
 
     def run_staged(self, data: NDArray[Any], reduction: Reduction, call: Call) -> Task[None]:

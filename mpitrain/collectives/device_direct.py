@@ -23,7 +23,7 @@ from mpitrain.collectives.executor import Task
 from mpitrain.collectives.node import Node
 from mpitrain.collectives.reduction import Reduction
 from mpitrain.memory import ReduceOp, SharedDeviceArray, dtype_named
-from mpitrain.memory.device import CupyArray, Event, PinnedArray, hand_over, load_cupy, produced, streams_of
+from mpitrain.memory.device import CupyArray, Event, PinnedArray, hand_over, is_done, load_cupy, produced, streams_of
 from mpitrain.memory.device.kernels import reduce_peers
 
 __all__ = ["NUM_EVENTS", "DeviceRun", "check_kernels", "device_allreduce", "queue_allreduce"]
@@ -186,7 +186,7 @@ def _reduce_across(
             streams.down.wait_event(event)
         streams.copy(host, mine, streams.down)
         arrived = streams.record(streams.down)
-        while not arrived.done:
+        while not is_done(arrived):
             yield False
         yield from across.allreduce(host, reduction, number * _NUM_ACROSS + slot)
         reduction.finish(host)
@@ -199,5 +199,5 @@ def _reduce_across(
     num_pieces = -(-array.flat.size // piece_count)
     yield from pipeline((chain(piece) for piece in range(num_pieces)), _NUM_ACROSS)
     # The slots go back to where others take theirs from.
-    while not all(event is None or event.done for event in emptied):
+    while not all(event is None or is_done(event) for event in emptied):
         yield False

@@ -23,7 +23,15 @@ from mpitrain.collectives.reduction import Reduction
 from mpitrain.collectives.selection import DIRECT
 from mpitrain.errors import UnavailableError
 from mpitrain.memory import FlatArray, Place, ReduceOp, SharedDeviceArray, dtype_named, parse_op
-from mpitrain.memory.device import CallersStream, DeviceBlock, Event, hand_over, mapping_device_memory, streams_of
+from mpitrain.memory.device import (
+    CallersStream,
+    DeviceBlock,
+    Event,
+    hand_over,
+    is_done,
+    mapping_device_memory,
+    streams_of,
+)
 
 __all__ = ["DeviceStaging"]
 
@@ -89,7 +97,7 @@ class DeviceStaging:
                     yield from plan.prepare()
                 return (yield from plan.task(call))
             ends[:] = [(yield from self._run(view, reduction, call, caller))]
-            while call.blocking and not ends[0].done:
+            while call.blocking and not is_done(ends[0]):
                 yield False
             return view.owner
 
@@ -153,8 +161,8 @@ class DeviceStaging:
         context.close_owned.append(close)
         try:
             check_kernels(block.views[rank])
-        except UnavailableError as error:
-            problem = str(error)
+        except (UnavailableError, RuntimeError, MemoryError) as error:
+            problem = str(error) or type(error).__name__
         if problems := [text for text in (yield from self._share(problem, call)) if text]:
             return str(problems[0])
         dtype = dtype_named("uint8")

@@ -11,6 +11,7 @@ node's network carries every byte once; the pieces are then on different stages 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -234,22 +235,28 @@ def slice_bounds(count: int, node: Node, owner: int, itemsize: int, across: Acro
 
 
 def pipeline(chains: Iterable[Task[None]], depth: int) -> Task[None]:
-    """Advance chains in turn, `depth` of them at a time, in order."""
+    """Advance chains in turn; each begins when the one `depth` places before it has ended.
+
+    So what a chain takes by its number modulo `depth`, memory or a tag, no other one in flight has.
+    """
     waiting = iter(chains)
-    active: list[Task[None]] = []
+    window: deque[Task[None] | None] = deque()
     while True:
-        while len(active) < depth and (chain := next(waiting, None)) is not None:
-            active.append(chain)
-        if not active:
+        while window and window[0] is None:
+            window.popleft()
+        while len(window) < depth and (chain := next(waiting, None)) is not None:
+            window.append(chain)
+        if not window:
             return
         moved = False
-        for chain in tuple(active):
-            try:
-                moved |= next(chain)
-            except StopIteration:
-                active.remove(chain)
-                moved = True
-        if active:
+        for place, chain in enumerate(window):
+            if chain is not None:
+                try:
+                    moved |= next(chain)
+                except StopIteration:
+                    window[place] = None
+                    moved = True
+        if any(window):
             yield moved
 
 

@@ -57,8 +57,8 @@ class NodeMemory:
         if device is not None:
             try:
                 number = _number_of(device, self._topology.local_rank)
-            except (UnavailableError, ValueError) as error:
-                problem = str(error)
+            except (UnavailableError, ValueError, RuntimeError) as error:
+                problem = str(error) or type(error).__name__
         everybodys = self._transport.gather_everywhere((number is not None, problem))
         for rank, (_, text) in enumerate(everybodys):
             if text:
@@ -95,8 +95,8 @@ class NodeMemory:
             nbytes = max(1, count * dtype.itemsize)
             block = allocate_mapped_device(node.rank, nbytes, NUM_EVENTS, device, node.gather)
             check_kernels(block.views[node.rank])
-        except UnavailableError as error:
-            problem = str(error)
+        except (UnavailableError, RuntimeError, MemoryError) as error:
+            problem = str(error) or type(error).__name__
         is_everywhere = self._has_everybody(problem, "private memory and copies through the host")
         if block is None:
             self._reclaimer.register_nothing()
@@ -116,17 +116,17 @@ class NodeMemory:
         """Make an array that only this rank has; every rank must call.
 
         Raises:
-            MemoryError: This rank has no memory left for it.
+            MemoryError, RuntimeError: This rank has no memory left for it, or a device that has failed.
             CollectiveError: Another one has not.
         """
         try:
             array = make()
-        except MemoryError as error:
+        except (MemoryError, RuntimeError) as error:
             self._transport.gather_everywhere(str(error) or type(error).__name__)
             raise
         for rank, problem in enumerate(self._transport.gather_everywhere("")):
             if problem:
-                raise CollectiveError(f"allocation: rank {rank} has no memory left: {problem}")
+                raise CollectiveError(f"allocation: rank {rank} has no memory for it: {problem}")
         return array
 
     def _has_everybody(self, problem: str, instead: str) -> bool:

@@ -24,7 +24,7 @@ from mpitrain.collectives.program import Program
 from mpitrain.collectives.selection import DIRECT, HIERARCHICAL, NATIVE
 from mpitrain.comm import Request
 from mpitrain.memory import DType, ReduceOp, ScratchPool, allocate_like, is_on_device
-from mpitrain.memory.device import CallersStream, Event, Streams, empty, load_cupy, streams_of
+from mpitrain.memory.device import CallersStream, Event, Streams, empty, is_done, load_cupy, streams_of
 from mpitrain.memory.device.kernels import reduce_peers
 from mpitrain.memory.dtypes import dtype_named
 
@@ -184,7 +184,7 @@ class _DeviceRun(Run):
 
     def _complete(self) -> bool:
         moved = super()._complete()
-        while self._reducing and self._reducing[0][0].done:
+        while self._reducing and is_done(self._reducing[0][0]):
             self._reduced(self._reducing.popleft()[1])
             moved = True
         return moved
@@ -198,5 +198,5 @@ def _on(streams: Streams) -> Iterator[None]:
 
 
 def _until(event: Event) -> Task[None]:
-    while not event.done:
+    while not is_done(event):
         yield False

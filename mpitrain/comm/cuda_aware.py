@@ -127,7 +127,7 @@ def exchange_with_itself(device: int) -> None:
         sent, received = (empty((count,), expected.dtype, device) for _ in range(2))
         with cupy.cuda.Device(device), compute:
             as_cupy(sent).set(expected)
-            received.fill(-1)
+            as_cupy(received).set(np.full(count, -1, np.float32))
         compute.synchronize()
         MPI.COMM_SELF.Sendrecv([sent, MPI.FLOAT], 0, 0, [received, MPI.FLOAT], 0, 0)
         with cupy.cuda.Device(device), compute:

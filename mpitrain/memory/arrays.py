@@ -149,9 +149,7 @@ def copy_of(array: object) -> CallersArray:
     """
     array = array.owner if isinstance(array, FlatArray) else array
     if isinstance(array, NodeArray):
-        copy = array.new(array.shape)
-        copy.flat[:] = array.flat
-        return copy
+        return array.copy()
     torch = loaded_torch()
     if torch is not None and isinstance(array, torch.Tensor):
         # A clone holds its values also where the original is a lazy conjugate or negative.

@@ -137,6 +137,10 @@ class NodeArray(abc.ABC):
         """Return an array of the same dtype and in the same kind of memory that only this rank has."""
 
     @abc.abstractmethod
+    def copy(self) -> Self:
+        """Return a `new` array with the same contents."""
+
+    @abc.abstractmethod
     def tensor(self) -> Any:
         """Return this rank's array as a torch tensor over the same memory."""
 
@@ -165,6 +169,11 @@ class SharedArray(NodeArray):
 
     def new(self, shape: tuple[int, ...]) -> SharedArray:
         return self.private(self.dtype, shape)
+
+    def copy(self) -> SharedArray:
+        made = self.new(self.shape)
+        made.flat[:] = self.flat
+        return made
 
     def numpy(self) -> NDArray[Any]:
         """Return this rank's array.

@@ -42,7 +42,7 @@ class DeviceBucket(Bucket):
         # Those that gradients of this step were made on.
         self._streams: set[Any] = set()
         # For each stream, as they are sent to the device in its order.
-        self._tables: dict[int, SegmentTable] = {}
+        self._tables: dict[tuple[int, str], SegmentTable] = {}
 
     def take(self, slot: Slot, factor: float) -> None:
         """Note a gradient that has come, for `start` to move it."""
@@ -102,14 +102,17 @@ class DeviceBucket(Bucket):
         return (
             self._array.is_shared
             and len(dtypes) == 1
+            and all(slot.param.device == self.buffer.device for slot in self.slots)
             and all(dtype.is_floating_point for dtype in (*dtypes, self.buffer.dtype))
         )
 
     def _launch(self, direction: str, grads: list[Tensor], factor: float) -> None:
         with callers_stream(self.buffer) as stream:
-            table = self._tables.get(stream.ptr)
+            # Gradients lie elsewhere than results, and addresses that do not change are sent once.
+            key = (stream.ptr, direction)
+            table = self._tables.get(key)
             if table is None:
-                table = self._tables[stream.ptr] = self._table()
+                table = self._tables[key] = self._table()
             launch = table.pack if direction == "pack" else table.unpack
             launch([grad.data_ptr() for grad in grads], self.buffer.data_ptr(), scale=factor, stream=stream)
 

@@ -35,6 +35,8 @@ def parts_of(folder: Path, nbytes: int) -> Iterator[Part]:
     tests = ("-m", "pytest", "--with-mpi", "-p", "no:cacheprovider", "-q", "-m", "gpu", "tests/mpi")
     for ranks in _SIZES:
         yield Part(f"tests, {ranks} ranks", ranks, tests)
+    kernels = ("-m", "pytest", "-p", "no:cacheprovider", "-q", "-m", "gpu", "tests/unit/memory/device/kernels")
+    yield Part("kernels", 1, kernels)
     for ranks in _SIZES[1:]:
         measure = (
             str(_SCRIPTS / "gpu/measure.py"),
@@ -54,12 +56,11 @@ def parts_of(folder: Path, nbytes: int) -> Iterator[Part]:
 def run_part(part: Part) -> dict[str, Any]:
     """Run a job to its end; return its name, its exit status and how long it took."""
     print(f"== {part.name}", flush=True)
-    command = ["mpirun", "-np", str(part.ranks), sys.executable, *part.arguments]
+    # The ranks as well are to end with it.
+    limit = ["timeout", "--kill-after=15", str(_PART_LIMIT_S)]
+    command = [*limit, "mpirun", "-np", str(part.ranks), sys.executable, *part.arguments]
     begin_s = time.monotonic()
-    try:
-        status = subprocess.run(command, check=False, timeout=_PART_LIMIT_S, stdin=subprocess.DEVNULL).returncode
-    except subprocess.TimeoutExpired:
-        status = 124
+    status = subprocess.run(command, check=False, stdin=subprocess.DEVNULL).returncode
     return {"name": part.name, "status": status, "elapsed_s": round(time.monotonic() - begin_s, 1)}
 
 

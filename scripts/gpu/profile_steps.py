@@ -47,7 +47,9 @@ def profiled_waits(num_steps: int) -> dict[str, int]:
             with record_function(_STEP):
                 step()
         torch.cuda.synchronize()
-    spans = [Span(event.name, event.time_range.start, event.time_range.end) for event in profiler.events()]
+    # Of the host; the device has spans of the same names.
+    events = [event for event in profiler.events() if event.device_type.name == "CPU"]
+    spans = [Span(event.name, event.time_range.start, event.time_range.end) for event in events]
     steps = [span for span in spans if span.name == _STEP]
     assert len(steps) >= num_steps
     return count_waits(spans, steps)

@@ -9,6 +9,7 @@ import pytest
 
 from mpitrain.collectives import Communicator, device_staging
 from mpitrain.config import Settings
+from mpitrain.memory.device import device_of
 from tests.support.devices import each_cupy
 from tests.support.host_kernels import needs_compiler
 
@@ -20,7 +21,8 @@ __all__ = ["each_cupy"]
 @pytest.fixture
 def comm(each_cupy):
     comm = Communicator.from_mpi(settings=Settings(wait="sleep"))
-    yield comm
+    with each_cupy.cuda.Device(device_of(comm.topology.local_rank)):
+        yield comm
     comm.free()
     comm.engine.close()
 

@@ -22,6 +22,7 @@ from mpitrain.memory.device.streams import (
     Streams,
     callers_stream,
     hand_over,
+    is_done,
     produced,
     streams_of,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "explained",
     "hand_over",
     "is_device_array",
+    "is_done",
     "is_installed",
     "is_read_only",
     "load_cupy",

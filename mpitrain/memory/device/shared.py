@@ -10,7 +10,7 @@ import numpy as np
 from mpitrain.memory.device.arrays import device_id, empty
 from mpitrain.memory.device.ipc import DeviceBlock
 from mpitrain.memory.device.library import CupyArray, load_cupy
-from mpitrain.memory.device.streams import streams_of
+from mpitrain.memory.device.streams import hand_over, produced, streams_of
 from mpitrain.memory.dtypes import DType
 from mpitrain.memory.shared import NodeArray
 
@@ -35,11 +35,12 @@ class SharedDeviceArray(NodeArray):
             MemoryError: The device has no room for it.
         """
         flat = empty((math.prod(shape),), dtype.storage, device)
-        stream = streams_of(device).compute
-        with load_cupy("array").cuda.Device(device), stream:
+        cuda = load_cupy("array").cuda
+        # On the stream that it was allocated on, where others may still be queued that used the memory before; and
+        # whatever stream reads it first finds the zeros.
+        with cuda.Device(device):
             flat.fill(0)
-        # Whatever stream reads it first finds the zeros.
-        stream.synchronize()
+            cuda.get_current_stream().synchronize()
         return cls(dtype, shape, [flat], 0, None)
 
     @property
@@ -48,6 +49,14 @@ class SharedDeviceArray(NodeArray):
 
     def new(self, shape: tuple[int, ...]) -> SharedDeviceArray:
         return self.private(self.dtype, shape, self.device)
+
+    def copy(self) -> SharedDeviceArray:
+        made = self.new(self.shape)
+        streams = streams_of(self.device)
+        streams.compute.wait_event(produced(self))
+        streams.copy(made.flat, self.flat, streams.compute)
+        hand_over(made, streams.record(streams.compute))
+        return made
 
     @property
     def device(self) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpitrain.memory.device.library import CupyArray, CupyModule, load_cupy
-from mpitrain.memory.device.streams import Event, Stream, streams_of
+from mpitrain.memory.device.streams import Event, Stream, is_done, streams_of
 from mpitrain.memory.dtypes import DType
 from mpitrain.memory.scratch import ScratchPool
 from mpitrain.memory.shared import SharedArray
@@ -117,7 +117,7 @@ class Image:
     @property
     def num_arrived(self) -> int:
         """How many elements of the image, from the first on, hold what the array does."""
-        while self._arriving and self._arriving[0][1].done:
+        while self._arriving and is_done(self._arriving[0][1]):
             self._num_arrived, _ = self._arriving.popleft()
         return self._num_arrived
 
@@ -135,7 +135,7 @@ class Image:
     @property
     def is_settled(self) -> bool:
         """Whether nothing is being copied."""
-        return self.has_arrived and (self._last_up is None or self._last_up.done)
+        return self.has_arrived and (self._last_up is None or is_done(self._last_up))
 
     def __del__(self) -> None:
         # Of a run that has failed; the memory must not be used for anything else before.

@@ -19,10 +19,23 @@ from mpitrain.memory.device.library import CupyModule, explained, load_cupy
 from mpitrain.memory.loaded import loaded_torch
 from mpitrain.memory.shared import NodeArray
 
-__all__ = ["CallersStream", "Event", "Stream", "Streams", "callers_stream", "hand_over", "produced", "streams_of"]
+__all__ = [
+    "CallersStream",
+    "Event",
+    "Stream",
+    "Streams",
+    "callers_stream",
+    "hand_over",
+    "is_done",
+    "produced",
+    "streams_of",
+]
 
 Event: TypeAlias = Any
-"""A `cupy.cuda.Event`; `done` tells, without blocking, whether the work before it has ended."""
+"""A `cupy.cuda.Event`; see `is_done`."""
+
+# What CUDA answers about an event that is still to come.
+_NOT_READY = 600
 
 Stream: TypeAlias = Any
 """A `cupy.cuda.Stream`."""
@@ -127,6 +140,19 @@ def _streams(cupy: CupyModule, device: int) -> Streams:
         return Streams(cupy, device)
 
 
+def is_done(event: Event) -> bool:
+    """Whether the work before an event has ended; never blocks.
+
+    Raises:
+        RuntimeError: The device has failed, so the event never comes; its own `done` would say no for ever.
+    """
+    runtime = load_cupy("event").cuda.runtime
+    status = int(runtime.eventQuery(event.ptr))
+    if status not in (0, _NOT_READY):
+        raise runtime.CUDARuntimeError(status)
+    return status == 0
+
+
 def produced(array: object, *, name: str = "array") -> Event:
     """Return an event that is done when what the caller has queued before, on its current stream, is.
 
@@ -180,9 +206,11 @@ def hand_over(array: object, event: Event, *, name: str = "array") -> None:
         name: What messages call it.
     """
     cupy = load_cupy(name)
-    _, streams = _current_streams(cupy, array, name)
-    for stream in streams:
-        cupy.cuda.runtime.streamWaitEvent(stream, event.ptr)
+    device, streams = _current_streams(cupy, array, name)
+    # The default stream has the same handle on all devices.
+    with cupy.cuda.Device(device):
+        for stream in streams:
+            cupy.cuda.runtime.streamWaitEvent(stream, event.ptr)
 
 
 def _current_streams(cupy: CupyModule, array: object, name: str) -> tuple[int, list[int]]:

@@ -9,7 +9,8 @@ import pytest
 
 from mpitrain.collectives import direct
 from mpitrain.collectives.across import AcrossNodes
-from mpitrain.collectives.direct import shared_allreduce, staged_allreduce
+from mpitrain.collectives.direct import pipeline, shared_allreduce, staged_allreduce
+from mpitrain.collectives.executor import Task
 from mpitrain.collectives.node import Node
 from mpitrain.collectives.progress import drive
 from mpitrain.collectives.reduction import Reduction
@@ -122,3 +123,23 @@ def test_half_precision_sums_round_as_float32_does() -> None:
 
     for result in run_ranks(2, run):
         assert set(result.tolist()) == {0x4000}  # 2.0078125 rounds to the even neighbour, 2.0
+
+
+def test_a_chain_begins_when_the_one_depth_places_before_has_ended():
+    # What a chain takes by its number modulo the depth must not be in use. The first one takes longest.
+    active: set[int] = set()
+
+    def chain(number: int) -> Task[None]:
+        assert not {other % 4 for other in active} & {number % 4}
+        active.add(number)
+        for _ in range(20 if number == 0 else number % 3):
+            yield True
+        active.remove(number)
+
+    begun = []
+    chains = (begun.append(number) or chain(number) for number in range(13))
+    for _ in pipeline(chains, 4):
+        assert len(active) <= 4
+        assert 0 not in active or max(begun) < 4
+    assert begun == list(range(13))
+    assert not active

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from collections.abc import Sequence
 from typing import Any
@@ -144,6 +145,11 @@ class _DeviceCopy:
         # Only from pinned memory the copy does not wait for the stream.
         self._pinned = cupy.cuda.alloc_pinned_memory(nbytes)
         self._sent: Event = cupy.cuda.Event(disable_timing=True)
+
+    def __del__(self) -> None:
+        # The next owner of the pinned memory must not change what is still to be read.
+        with contextlib.suppress(Exception):
+            self._sent.synchronize()
 
     def address_for(self, stream: Stream) -> int:
         if stream.ptr != self._stream.ptr:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mpitrain.memory.device import CallersStream, hand_over, produced, streams, streams_of
+from mpitrain.memory.device import CallersStream, hand_over, is_done, produced, streams, streams_of
 from tests.support.fake_cupy import stand_in
 
 
@@ -155,3 +155,11 @@ def test_stream_of_torch_is_made_current_by_torch(fake_cupy, monkeypatch):
     caller = CallersStream(Tensor())
     with caller.current():
         assert entered == [of_torch]
+
+
+def test_an_event_of_a_device_that_has_failed_is_an_error_and_no_endless_wait(fake_cupy):
+    streams = streams_of(0)
+    event = streams.record(streams.compute)
+    fake_cupy._machine.machine._error = 700  # an access that is not allowed
+    with pytest.raises(RuntimeError):
+        is_done(event)

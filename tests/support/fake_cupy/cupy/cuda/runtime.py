@@ -338,9 +338,11 @@ def eventRecord(event, stream):
 
 @_translated
 def eventQuery(event):
-    machine.raise_error()
-    if not _event(event).is_done:
-        raise CudaError(600)
+    try:
+        machine.raise_error()
+    except CudaError as error:
+        return error.status
+    return 0 if _event(event).is_done else 600
 
 
 @_translated
