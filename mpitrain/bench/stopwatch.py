@@ -115,7 +115,7 @@ def _time_all(
     times_s = dict.fromkeys(sides, 0.0)
     for name in order:
         run, count = sides[name], repeats[name]
-        for _ in range(-(-count // 2) if name in warmed else 0):
+        for _ in range(max(2, count // 2) if name in warmed else 0):
             run()
         comm.barrier()
         begin_s = time.perf_counter()
