@@ -10,10 +10,11 @@ that all ranks have agreed on, so all ranks decide the same.
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -27,8 +28,10 @@ Sides = Mapping[str, Callable[[], object]]
 _LEAST_S = 1e-3
 _MOST_REPEATS = 200
 _MOST_OVERTIME = 2
-# What takes longer than this has more data than caches hold, and needs no calls before.
-_WARM_S = 20e-3
+# For so long calls are made before a sample. What takes longer has more data than caches hold and needs none.
+_WARM_S = 5e-3
+_LONGEST_WARMED_S = 20e-3
+_MOST_WARMING = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,11 +95,15 @@ def interleaved_times(comm: Communicator, sides: Sides, effort: Effort) -> Times
     first_s: Mapping[str, float] = {}
     elapsed_s = 0.0
     for _ in range(max(2, effort.warmup)):
-        first_s, elapsed_s = _agree(comm, _time_all(comm, sides, once, list(sides), frozenset()), began_s)
+        first_s, elapsed_s = _agree(comm, _time_all(comm, sides, once, list(sides), {}), began_s)
     repeats = {
         name: max(1, min(_MOST_REPEATS, int(_LEAST_S / max(seconds, 1e-9)))) for name, seconds in first_s.items()
     }
-    warmed = frozenset(name for name, seconds in first_s.items() if seconds < _WARM_S)
+    warming = {
+        name: min(math.ceil(_WARM_S / max(seconds, 1e-9)), max(_MOST_WARMING, repeats[name] // 2))
+        for name, seconds in first_s.items()
+        if seconds < _LONGEST_WARMED_S
+    }
     least, most = effort.rounds
     limit_s = effort.limit_s
     measured: list[Mapping[str, float]] = []
@@ -104,18 +111,18 @@ def interleaved_times(comm: Communicator, sides: Sides, effort: Effort) -> Times
         elapsed_s < limit_s or not measured or (len(measured) < least and elapsed_s < _MOST_OVERTIME * limit_s)
     ):
         order = random.Random(len(measured)).sample(list(sides), len(sides))  # the same on every rank
-        times_s, elapsed_s = _agree(comm, _time_all(comm, sides, repeats, order, warmed), began_s)
+        times_s, elapsed_s = _agree(comm, _time_all(comm, sides, repeats, order, warming), began_s)
         measured.append(times_s)
     return Times({name: tuple(times_s[name] for times_s in measured) for name in sides}, repeats, elapsed_s)
 
 
 def _time_all(
-    comm: Communicator, sides: Sides, repeats: Mapping[str, int], order: Sequence[str], warmed: Collection[str]
+    comm: Communicator, sides: Sides, repeats: Mapping[str, int], order: Sequence[str], warming: Mapping[str, int]
 ) -> dict[str, float]:
     times_s = dict.fromkeys(sides, 0.0)
     for name in order:
         run, count = sides[name], repeats[name]
-        for _ in range(max(2, count // 2) if name in warmed else 0):
+        for _ in range(warming.get(name, 0)):
             run()
         comm.barrier()
         begin_s = time.perf_counter()
