@@ -151,7 +151,7 @@ class ThreadTransport(Transport):
 
     def allocate_shared(self, nbytes: int) -> SharedBlock:
         views = self.gather_everywhere(np.zeros(nbytes, np.uint8))
-        return SharedBlock(views, fence=_nothing)
+        return SharedBlock(views, fence=None)
 
     def node_leader(self) -> int:
         node = self.members[self.rank] // self.world.ranks_per_node
@@ -186,10 +186,6 @@ def _take(queues: dict[Hashable, collections.deque[_Message]], key: Hashable) ->
         # Tags go up with every operation, so empty queues would pile up.
         del queues[key]
     return message
-
-
-def _nothing() -> None:
-    """Threads of one interpreter see each other's stores in order, and its memory needs no giving back."""
 
 
 def _deliver(data: Bytes, receive: _Message) -> None:
