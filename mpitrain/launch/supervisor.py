@@ -52,7 +52,8 @@ class Outcome:
         status: Exit status for this process: that of the first rank that failed, or 128 and the number of a signal
             that this process got, or the launcher's.
         failure: Of the first rank that failed, if one did.
-        lost: Ranks of which nothing was heard any more, though the launcher says that all is well.
+        lost: Ranks of which nothing was heard, though no rank has failed and nobody has ended the job: their hosts are
+            lost, or the launcher has not started them.
     """
 
     status: int
@@ -94,10 +95,11 @@ def run_job(command: Sequence[str], environ: Mapping[str, str], token: str, size
         return Outcome(watch.failure.status, watch.failure)
     if caught:
         return Outcome(128 + caught[0])
-    if status == 0 and len(watch.ended) < size:
-        # Open MPI 5 has been seen to end with 0 after a host was lost.
-        return Outcome(1, lost=tuple(rank for rank in range(size) if str(rank) not in watch.ended))
-    return Outcome(status if status >= 0 else 128 - status)
+    lost = tuple(rank for rank in range(size) if str(rank) not in watch.ended)
+    if status == 0:
+        # Open MPI 5 ends with 0 after it has lost a host, more often than not.
+        return Outcome(1 if lost else 0, lost=lost)
+    return Outcome(status if status > 0 else 128 - status, lost=lost)
 
 
 @contextlib.contextmanager
