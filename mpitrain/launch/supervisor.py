@@ -91,6 +91,7 @@ def run_job(command: Sequence[str], environ: Mapping[str, str], token: str, size
             watch = _Watch(process, token, wake, caught)
             watch.run()
         status = process.returncode
+    watch.end_line()
     if watch.failure is not None:
         return Outcome(watch.failure.status, watch.failure)
     if caught:
@@ -139,6 +140,7 @@ class _Watch:
         # What is done next if the launcher does not end, and when. Output that is still open then is left alone.
         self._steps = iter((process.terminate, process.kill, self._give_up))
         self._is_given_up = False
+        self._is_line_open = False
         self._deadline_s: float | None = None
 
     def run(self) -> None:
@@ -159,6 +161,8 @@ class _Watch:
                     rests[key.fd] = self._pass_on(rests[key.fd] + data, dests[key.fd], at_end=not data)
                     if not data:
                         selector.unregister(key.fd)
+                    elif key.fd == self._process.stderr.fileno():
+                        self._is_line_open = not data.endswith(b"\n")
                 self._go_on()
 
     def _pass_on(self, text: bytes, dest: IO[bytes], *, at_end: bool) -> bytes:
@@ -174,6 +178,12 @@ class _Watch:
             rest = b""
         dest.flush()
         return rest
+
+    def end_line(self) -> None:
+        """End the line that the launcher has left half way, so that what is said next begins one."""
+        if self._is_line_open:
+            sys.stderr.buffer.write(b"\n")
+            sys.stderr.buffer.flush()
 
     def _give_up(self) -> None:
         self._is_given_up = True

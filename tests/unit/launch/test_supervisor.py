@@ -44,6 +44,11 @@ def test_a_launcher_that_hides_the_loss_of_ranks_does_not_succeed():
     assert run(f"import sys; sys.stderr.write('{everybodys}'); sys.exit(4)") == Outcome(4)
 
 
+def test_a_line_that_the_launcher_leaves_half_way_is_ended(capfdbinary):
+    run("import sys; sys.stderr.write('one\\ntwo')")
+    assert capfdbinary.readouterr().err == b"one\ntwo\n"
+
+
 def test_a_report_in_pieces_is_one(capfdbinary):
     source = (
         "import sys, time\nfor c in '{} 2 7 node1 21.5\\n': sys.stderr.write(c); sys.stderr.flush(); time.sleep(0.002)"
