@@ -205,7 +205,7 @@ def run_ranks(
     *,
     ranks_per_node: int | None = None,
     rendezvous: bool = False,
-    timeout_s: float = 60.0,
+    timeout_s: float = 200.0,
 ) -> list[Result]:
     """Call `function(transport)` on `size` ranks, each a thread, and return their results by rank.
 

@@ -13,8 +13,6 @@ from mpitrain.memory.device import device_of
 from tests.support.devices import each_cupy
 from tests.support.host_kernels import needs_compiler
 
-pytestmark = pytest.mark.timeout(90)
-
 __all__ = ["each_cupy"]
 
 

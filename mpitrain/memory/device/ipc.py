@@ -205,6 +205,7 @@ def mapping_device_memory(
     stream = streams_of(device).compute
     mappings.runtime.memsetAsync(own.memory.ptr, 0, _MARK_NBYTES, stream.ptr)
     stream.synchronize()
+    yield ""  # only now is the memory of all ranks zero
     return DeviceBlock(rank, nbytes, device, Holdings(own, mappings, device), opened)
 
 

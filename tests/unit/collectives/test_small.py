@@ -17,9 +17,8 @@ from mpitrain.collectives import Communicator, Handle
 from mpitrain.collectives.small import SmallAllreduce
 from mpitrain.config import Settings
 from mpitrain.errors import CollectiveMismatchError, CommError, CommRevokedError, MpitrainError
+from tests.support.limits import HANG_S
 from tests.support.ranks import outcome, run_communicators
-
-pytestmark = pytest.mark.timeout(60)
 
 # Slots of 4 KiB.
 SETTINGS = Settings(wait="sleep", staging_nbytes=8192)
@@ -274,10 +273,10 @@ def test_a_rank_that_leaves_while_it_waits_is_an_error_on_every_rank(
         if comm.rank == 1:
             time.sleep(0.1)
             comm.leave("has finished early")
-        thread.join(10.0)
+        thread.join(HANG_S)
         return None
 
-    run_communicators(3, body, settings=SETTINGS, timeout_s=20.0)
+    run_communicators(3, body, settings=SETTINGS)
     # To the late one a small array is there already.
     waited, late = errors[:2], errors[2:]
     for error in waited if count == 3 else waited + late:
@@ -315,7 +314,7 @@ def test_memory_that_one_rank_lacks_is_an_error_on_every_rank(
 
     def called(comm: Communicator) -> object:
         result = getattr(comm, form)(np.ones(3), algorithm="direct")
-        return result.wait(10) if isinstance(result, Handle) else result
+        return result.wait(HANG_S) if isinstance(result, Handle) else result
 
     def body(comm: Communicator) -> tuple[BaseException, object]:
         if has_been_seen:
@@ -328,7 +327,7 @@ def test_memory_that_one_rank_lacks_is_an_error_on_every_rank(
         poor.clear()
         return caught.value, outcome(lambda: called(comm))
 
-    first, (own, _), third = run_communicators(3, body, settings=SETTINGS.replace(check=check), timeout_s=15.0)
+    first, (own, _), third = run_communicators(3, body, settings=SETTINGS.replace(check=check))
     assert type(own) is kind
     for error, following in (first, third):
         assert isinstance(error, MpitrainError), error

@@ -13,9 +13,9 @@ from mpitrain.comm import Transport, run_ranks
 from mpitrain.config import Settings
 from mpitrain.errors import CollectiveMismatchError
 from mpitrain.negotiation import Negotiator
+from tests.support.limits import HANG_S
 
 SETTINGS = Settings(wait="sleep", device_piece_nbytes=64, fusion_nbytes=1024)
-WAIT_S = 20.0
 
 
 def run(size: int, function: Any) -> list[Any]:
@@ -47,7 +47,7 @@ def test_allreduces_of_several_arrays_in_any_order(library_of, in_place):
                 negotiator.start(name, "allreduce", arrays, op="sum", prescale=2.0, in_place=in_place),
             )
         for arrays, handle in handles.values():
-            results = handle.wait(WAIT_S)
+            results = handle.wait(HANG_S)
             assert [type(result) for result in results] == [library.ndarray] * 2
             assert [result.shape for result in results] == [(50,), (3, 5)]
             assert results[0].tolist() == [12.0] * 50
@@ -69,7 +69,7 @@ def test_average_of_the_callers_own_stream(fake_cupy):
                 array += 1 + negotiator.comm.rank
             handle = negotiator.start("x", "allreduce", [array], op="average")
             assert not handle.done
-            (result,) = handle.wait(WAIT_S)
+            (result,) = handle.wait(HANG_S)
             assert result.tolist() == [15.0] * 300
 
     run(2, body)
@@ -80,7 +80,7 @@ def test_other_collectives(library_of):
         rank, library = negotiator.comm.rank, library_of(negotiator.comm.rank)
 
         def of(collective, array, **details):
-            (result,) = negotiator.start(collective, collective, [array], **details).wait(WAIT_S)
+            (result,) = negotiator.start(collective, collective, [array], **details).wait(HANG_S)
             return result
 
         gathered, rows = of("allgather", library.full((rank + 1, 2), rank, np.int32))
@@ -114,9 +114,9 @@ def test_a_copy_that_fails_on_one_rank_is_an_error_on_all(fake_cupy, monkeypatch
 
         monkeypatch.setattr(negotiator.comm.devices, "stage", staged)
         with pytest.raises((CollectiveMismatchError, kind), match="the copy failed"):
-            negotiator.start("x", "allreduce", [fake_cupy.ones(30)], op="sum").wait(WAIT_S)
+            negotiator.start("x", "allreduce", [fake_cupy.ones(30)], op="sum").wait(HANG_S)
         monkeypatch.setattr(negotiator.comm.devices, "stage", stage)
-        (result,) = negotiator.start("x", "allreduce", [fake_cupy.ones(30)], op="sum").wait(WAIT_S)
+        (result,) = negotiator.start("x", "allreduce", [fake_cupy.ones(30)], op="sum").wait(HANG_S)
         assert result.tolist() == [3.0] * 30
 
     monkeypatch.setattr(StagedRun, "has_arrived", property(lacking))
@@ -127,6 +127,6 @@ def test_different_shapes_are_an_error_on_all_ranks(fake_cupy):
     def body(negotiator):
         handle = negotiator.start("x", "allreduce", [fake_cupy.ones(3 + negotiator.comm.rank)], op="sum")
         with pytest.raises(CollectiveMismatchError):
-            handle.wait(WAIT_S)
+            handle.wait(HANG_S)
 
     run(2, body)
