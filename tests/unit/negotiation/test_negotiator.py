@@ -312,7 +312,7 @@ def test_limits_hold_when_rank_0_decides_nothing(monkeypatch: pytest.MonkeyPatch
     def body(negotiator: Negotiator) -> None:
         if negotiator.comm.rank == 0:
             # As if the interpreter were held up in foreign code.
-            negotiator.comm.engine._thread._services._references.clear()
+            negotiator.comm.engine._thread._services._listeners._references.clear()
             assert given_up.wait(WAIT_S)
             error = error_of(start(negotiator, "a", [1.0]))
             assert "rank 1 has given up" in str(error)
