@@ -17,10 +17,21 @@ from mpitrain.negotiation.refusals import Refusals
 from mpitrain.negotiation.stalls import Waiting
 from mpitrain.observe import Recorder
 
-__all__ = ["InFlight", "StandIn"]
+__all__ = ["InFlight", "Reservation", "StandIn"]
 
 StandIn: TypeAlias = Callable[[Callable[[], None]], None]
 """Called, by whichever thread, with what a rank that has joined has to call, soon and in order, for steps of others."""
+
+
+class Reservation:
+    """Holds the name of an operation that is not announced yet, as what it brings is still on its way.
+
+    Args:
+        name: Of the operation.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
 
 
 class InFlight:
@@ -34,7 +45,8 @@ class InFlight:
         self._announce = announce
         # Guards all of the next lines.
         self._lock = threading.Lock()
-        self._names: set[str] = set()
+        # Who holds them: an entry, or a reservation.
+        self._names: dict[str, Entry | Reservation] = {}
         self._undecided: dict[str, Entry] = {}
         self._refusals = Refusals()
         self._closing: Decision | None = None
@@ -62,12 +74,36 @@ class InFlight:
             undecided = [(name, entry.since_s) for name, entry in self._undecided.items() if name != JOIN]
             return Waiting(undecided, [(each.announcement.name, each.since_s) for each in self._refusals.waiting()])
 
-    def enter(self, entry: Entry, recorder: Recorder | None) -> Decision | None:
+    @property
+    def has_reservations(self) -> bool:
+        """Whether an operation is still to be announced."""
+        with self._lock:
+            return any(isinstance(holder, Reservation) for holder in self._names.values())
+
+    def reserve(self, name: str) -> Reservation:
+        """Hold a name for an operation that `enter` takes on later, or `release` gives up.
+
+        Raises:
+            ValueError: It is in flight, or this rank has joined.
+        """
+        reservation = Reservation(name)
+        with self._lock:
+            self._check_free(name, None)
+            self._names[name] = reservation
+        return reservation
+
+    def release(self, reservation: Reservation) -> None:
+        """Give a name up, if it is still held by the reservation."""
+        with self._lock:
+            self._free(reservation.name, reservation)
+
+    def enter(self, entry: Entry, recorder: Recorder | None, reservation: Reservation | None = None) -> Decision | None:
         """Take an operation on, and announce it; if none can be any more, return why.
 
         Args:
             entry: The operation.
             recorder: Of what becomes of it.
+            reservation: Of its name, if there is one.
 
         Raises:
             ValueError: Its name is in flight, or this rank has joined.
@@ -76,17 +112,26 @@ class InFlight:
         name = entry.announcement.name
         with self._lock:
             if self._closing is not None:
+                self._free(name, reservation)
                 return self._closing
-            if self._stand_in is not None and entry.announcement.collective != JOIN:
-                raise ValueError(f"{name}: cannot be started on a rank that has joined; wait until join has returned")
-            if name in self._names:
-                raise error_of_name(name)
+            if entry.announcement.collective != JOIN:
+                self._check_free(name, reservation)
             entry.observe(recorder)
             if not self._refusals.put_behind(entry):
                 self._submit(entry)
             if not entry.announcement.problem:
-                self._names.add(name)
+                self._names[name] = entry
         return None
+
+    def _check_free(self, name: str, reservation: Reservation | None) -> None:
+        if self._stand_in is not None:
+            raise ValueError(f"{name}: cannot be started on a rank that has joined; wait until join has returned")
+        if self._names.get(name) is not reservation:
+            raise error_of_name(name)
+
+    def _free(self, name: str, holder: Entry | Reservation | None) -> None:
+        if holder is not None and self._names.get(name) is holder:
+            del self._names[name]
 
     def _submit(self, entry: Entry) -> None:
         self._announce(entry.announcement)
@@ -127,7 +172,8 @@ class InFlight:
     def forget(self, entries: Sequence[Entry]) -> None:
         """Free the names of what is done, or will never be."""
         with self._lock:
-            self._names.difference_update(entry.announcement.name for entry in entries)
+            for entry in entries:
+                self._free(entry.announcement.name, entry)
 
     def close(self, closing: Decision) -> tuple[bool, list[Entry]]:
         """Let nothing be decided any more; whether that is new, and what was waiting."""

@@ -22,7 +22,7 @@ from mpitrain.negotiation.device_arrays import start_staged
 from mpitrain.negotiation.dialogue import Dialogue
 from mpitrain.negotiation.execution import Entry, Results, contiguous, neutral_entries, run_decision
 from mpitrain.negotiation.failures import as_collective_error, error_of, error_of_closing
-from mpitrain.negotiation.in_flight import InFlight, StandIn
+from mpitrain.negotiation.in_flight import InFlight, Reservation, StandIn
 from mpitrain.negotiation.joining import JOIN, STEP, STEP_END, Steps, UnnamedOperations
 
 __all__ = ["Negotiator"]
@@ -104,8 +104,19 @@ class Negotiator:
         enter = functools.partial(self._enter, announcement, in_place=in_place)
         if all(view.is_host for view in views):
             return enter(list(arrays))
-        refuse = functools.partial(self.refuse, name, collective)
-        return start_staged(self.comm, f"{collective} {name}", views, enter, refuse, in_place=in_place)
+        # Nobody else may start it while what it brings is on its way.
+        reservation = self._in_flight.reserve(name)
+
+        def refuse(problem: str) -> None:
+            self._in_flight.release(reservation)
+            self.refuse(name, collective, problem)
+
+        enter = functools.partial(enter, reservation=reservation)
+        try:
+            return start_staged(self.comm, f"{collective} {name}", views, enter, refuse, in_place=in_place)
+        except BaseException:
+            self._in_flight.release(reservation)
+            raise
 
     def await_name(self, name: str) -> None:
         """Return when no operation of this name is in flight here."""
@@ -134,6 +145,8 @@ class Negotiator:
         Returns:
             Handle of a list with the rank that has joined last.
         """
+        # What this rank has started before is announced before.
+        self.comm.engine.wait_until(lambda: not self._in_flight.has_reservations, JOIN)
         self._in_flight.join(stand_in)
         return self._enter(Announcement(JOIN, JOIN), [], in_place=False)
 
@@ -147,11 +160,18 @@ class Negotiator:
             with contextlib.suppress(CommError):
                 self._dialogue.announce(Announcement(name, STEP_END))
 
-    def _enter(self, announcement: Announcement, arrays: list[Any], *, in_place: bool) -> Handle[Results]:
+    def _enter(
+        self,
+        announcement: Announcement,
+        arrays: list[Any],
+        *,
+        in_place: bool,
+        reservation: Reservation | None = None,
+    ) -> Handle[Results]:
         name = announcement.name
         handle = self.comm.engine.promise(f"{announcement.collective} {name}")
         entry = Entry(announcement, arrays, in_place, handle, time.monotonic())
-        if closing := self._in_flight.enter(entry, self.comm.engine.recorder):
+        if closing := self._in_flight.enter(entry, self.comm.engine.recorder, reservation):
             handle.reject(error_of_closing(name, closing))
         else:
             self._be_served()

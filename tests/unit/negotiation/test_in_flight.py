@@ -47,6 +47,42 @@ def test_a_name_is_held_until_its_operation_is_forgotten(in_flight, said) -> Non
     assert in_flight.enter(entry_of("a"), None) is None
 
 
+def test_a_reserved_name_is_held_before_anything_is_announced(in_flight, said) -> None:
+    reservation = in_flight.reserve("a")
+    assert in_flight.holds("a")
+    assert in_flight.has_reservations
+    assert said == []
+    assert not in_flight.awaits_decision
+    for start in (lambda: in_flight.reserve("a"), lambda: in_flight.enter(entry_of("a"), None)):
+        with pytest.raises(ValueError, match="same name"):
+            start()
+    entry = entry_of("a")
+    in_flight.enter(entry, None, reservation)
+    assert said == [entry.announcement]
+    assert not in_flight.has_reservations
+    # It is the operation's now.
+    in_flight.release(reservation)
+    assert in_flight.holds("a")
+    in_flight.forget([entry])
+    assert not in_flight.holds("a")
+
+
+def test_a_reservation_that_is_given_up_frees_no_other_ones_name(in_flight, said) -> None:
+    given_up = in_flight.reserve("a")
+    in_flight.release(given_up)
+    assert not in_flight.holds("a")
+    in_flight.reserve("a")
+    in_flight.release(given_up)
+    assert in_flight.holds("a")
+
+
+def test_a_reservation_ends_where_nothing_is_decided_any_more(in_flight, said) -> None:
+    reservation = in_flight.reserve("a")
+    in_flight.close(CLOSING)
+    assert in_flight.enter(entry_of("a"), None, reservation) is CLOSING
+    assert not in_flight.holds("a")
+
+
 def test_what_follows_a_refusal_is_announced_when_that_is_decided(in_flight, said) -> None:
     refusal, following = entry_of("a", problem="no room"), entry_of("a")
     in_flight.enter(refusal, None)
