@@ -20,7 +20,7 @@ import numpy as np
 
 from mpitrain.errors import UnavailableError
 from mpitrain.memory.device.library import CupyArray, explained, load_cupy
-from mpitrain.memory.device.streams import Event, Stream, Streams, idle_streams, settle
+from mpitrain.memory.device.streams import Event, Stream, Streams, idle_streams
 
 __all__ = ["DeviceBlock", "Holdings", "allocate_mapped_device", "mapping_device_memory"]
 
@@ -101,13 +101,12 @@ class Holdings:
             what they have.
         """
         # What an operation has queued may still be at work after the operation has ended for the host.
-        device = self.own.streams.device
-        if not settle(device, _PATIENCE_S):
+        if not self.own.streams.settle_device(_PATIENCE_S):
             _log.warning(
                 "device memory: %.1f MiB of cuda:%d stay allocated, as the device waits for a rank that has failed; "
                 "end the process to free them",
                 self.own.memory.size / 2**20,
-                device,
+                self.own.streams.device,
             )
             return False
         self._mappings.close()

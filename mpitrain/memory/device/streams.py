@@ -86,6 +86,21 @@ class Streams:
             time.sleep(_POLL_S)
         return True
 
+    def settle_device(self, limit_s: float) -> bool:
+        """Wait until all that was queued on the device is done, on whatever streams of ours; whether it is.
+
+        CUDA takes memory back only when all work of the device is done, and waits for that without end.
+
+        Args:
+            limit_s: As for `settle`.
+        """
+        key = self._cupy, self.device
+        with _making:
+            earlier = [streams for streams in _earlier.pop(key, []) if not streams.are_idle]
+            if earlier:
+                _earlier[key] = earlier
+        return all(streams.settle(limit_s) for streams in (*earlier, _current[key]))
+
     def copy(self, dest: Any, source: Any, stream: Stream) -> None:
         """Queue a copy of a contiguous array to another one of as many bytes; each is CuPy's, or NumPy's and pinned."""
         pointers = [
@@ -188,25 +203,6 @@ def _make(cupy: CupyModule, device: int, is_fit: Callable[[Streams], bool]) -> S
                 _earlier.setdefault((cupy, device), []).append(found)
             found = _current[cupy, device] = made
         return found
-
-
-def settle(device: int, limit_s: float) -> bool:
-    """Wait until all that was queued on streams of ours on a device is done; whether it is.
-
-    CUDA takes memory back only when all work of the device is done, and waits for that without end.
-
-    Args:
-        device: Number of the device.
-        limit_s: As for `Streams.settle`.
-    """
-    cupy = load_cupy("streams")
-    current = streams_of(device)
-    with _making:
-        earlier = _earlier.pop((cupy, device), [])
-        busy = [streams for streams in earlier if not streams.are_idle]
-        if busy:
-            _earlier[cupy, device] = busy
-    return all(streams.settle(limit_s) for streams in (*busy, current))
 
 
 def is_done(event: Event) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mpitrain.memory.device import CallersStream, hand_over, is_done, produced, streams, streams_of
-from mpitrain.memory.device.streams import idle_streams, settle
+from mpitrain.memory.device.streams import idle_streams
 from tests.support.fake_cupy import held_up, stand_in
 
 
@@ -52,12 +52,12 @@ def test_streams_that_are_held_up_are_left_to_those_who_have_them(fake_cupy):
         began_s = time.monotonic()
         assert not before.settle(60.0)
         # Nor for the device, for which those that came since are not all.
-        assert not settle(0, 60.0)
+        assert not made.settle_device(60.0)
         assert time.monotonic() - began_s < 10.0
     fake_cupy.cuda.Stream.null.synchronize()
     before.up.synchronize()
     assert before.settle(0.0)
-    assert settle(0, 0.0)
+    assert made.settle_device(0.0)
     assert streams_of(0) is made
 
 
