@@ -6,7 +6,8 @@ host waits for none of that: it queues the work on a stream of its own and says 
 Two things order the ranks. *Events* order the work: each rank records one when its buffer is filled, and one when its
 slice is reduced, and the streams of the others wait for them. *Flags* in the host's memory say that an event has been
 recorded, as waiting for one that has not been holds nobody up. A flag is followed by queuing alone, so a rank is never
-held up by the work of another one.
+held up by the work of another one. A rank that dies may leave the streams of others waiting for ever: these are those
+of the array (`SharedDeviceArray.streams`), and what is allocated afterwards has others.
 
 Why streams cannot wait for each other in a circle: a stream waits only for events that were recorded before the wait
 was queued. Of all work that is not done, what was queued first, on whatever rank, waits for nothing that is not done.
@@ -88,7 +89,7 @@ def device_allreduce(
     Cost: each rank reads p slices and writes p, of n/p bytes each, where p is the number of ranks of the node.
     Determinism: reduced in rank order; same bits on all ranks, run after run.
     """
-    streams = streams_of(array.device)
+    streams = array.streams
     yield from node.flag_users.turn(number, _NUM_SLOTS)
     streams.compute.wait_event(begin)
     yield from queue_allreduce(node, array, reduction, number + 1, 0, turn=number, across=across)
@@ -117,7 +118,7 @@ def queue_allreduce(
         across: See there.
     """
     assert array.block is not None
-    flags, block, stream = node.flags, array.block, streams_of(array.device).compute
+    flags, block, stream = node.flags, array.block, array.streams.compute
     filled = 2 * (turn % _NUM_SLOTS)
     reduced = filled + 1
     block.record(filled, stream)
@@ -156,7 +157,7 @@ def _queue_reduction(
     if not count or not targets:
         return
     divisor = reduction.size if divides and reduction.op is ReduceOp.AVERAGE else 1
-    stream = streams_of(array.device).compute
+    stream = array.streams.compute
     with load_cupy("device").cuda.Device(array.device):
         reduce_peers(sources, targets, count=count, dtype=array.dtype, op=reduction.op, divisor=divisor, stream=stream)
 
@@ -167,7 +168,7 @@ def _reduce_across(
     """Reduce this rank's slice over the ranks of the node, then over the nodes by way of the host, piece by piece."""
     itemsize = array.dtype.itemsize
     piece_count = max(1, _PIECE_NBYTES // itemsize)
-    streams = streams_of(array.device)
+    streams = array.streams
     # A slot of pinned memory, and when the device has read it.
     slots = [PinnedArray(array.dtype, (piece_count,)).flat for _ in range(_NUM_ACROSS)]
     emptied: list[Event | None] = [None] * _NUM_ACROSS

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from mpitrain.collectives.agreement import exchange_rows
 from mpitrain.collectives.context import Context
@@ -30,7 +30,6 @@ from mpitrain.memory.device import (
     hand_over,
     is_done,
     mapping_device_memory,
-    streams_of,
 )
 
 __all__ = ["DeviceStaging"]
@@ -115,7 +114,7 @@ class DeviceStaging:
     def _run(self, view: FlatArray, reduction: Reduction, call: Call, caller: CallersStream) -> Task[Event]:
         assert self._memory is not None
         assert self._context.node is not None
-        streams = streams_of(caller.device)
+        streams = self._memory.streams
         streams.compute.wait_event(caller.ready)
         piece_count = _MEMORY_NBYTES // view.dtype.itemsize
         for piece, first in enumerate(range(0, view.count, piece_count)):
@@ -154,7 +153,7 @@ class DeviceStaging:
             return str(error)
         holdings = block.holdings
 
-        def close() -> Callable[[], None]:
+        def close() -> Callable[[], None] | Literal[False]:
             self.is_possible, self._has_failed, self._memory = False, True, None
             return holdings.close()
 

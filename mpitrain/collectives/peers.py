@@ -10,12 +10,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from typing import TypeVar
 
 from mpitrain.collectives.calls import Calls
 from mpitrain.collectives.executor import Task
+from mpitrain.collectives.listeners import Listeners
 from mpitrain.comm import Transport
 from mpitrain.config import Settings
 from mpitrain.errors import CommError, CommRevokedError, CommTimeoutError, RankFailedError
@@ -61,9 +61,8 @@ class PeerWatch:
         # The latest operation, for those who ask; and who is told, with its number and seconds, of one that stalls.
         self.latest = ""
         self.on_stall: Callable[[str, int, float], None] = _ignore
-        # Bound methods, held weakly.
-        self.leave_functions: list[weakref.WeakMethod[Callable[[str], None]]] = []
-        self.idle_functions: list[weakref.WeakMethod[Callable[[], None]]] = []
+        self.leave_functions: Listeners[Callable[[str], None]] = Listeners()
+        self.idle_functions: Listeners[Callable[[], None]] = Listeners()
 
     def revoke(self, reason: str, call_index: int = 0) -> None:
         """Give the communicator up, here and on all ranks, from this operation on."""
@@ -88,9 +87,8 @@ class PeerWatch:
     def leave(self, reason: str) -> None:
         """Tell all others that this rank takes part in no further operation; what is in flight here ends."""
         self.leaving = reason
-        for reference in self.leave_functions:
-            if function := reference():
-                function(reason)
+        for function in self.leave_functions:
+            function(reason)
         call_index = self._calls.first_unfinished()
         if call_index < self._calls.number:
             self._note_revoked(f"rank {self._transport.rank}: {reason}", call_index)
@@ -222,9 +220,8 @@ class PeerWatch:
     def _look(self, idle_s: float, description: str, call_index: int) -> None:
         self.read_news()
         self.check(call_index)
-        for reference in self.idle_functions:
-            if function := reference():
-                function()
+        for function in self.idle_functions:
+            function()
         who = f"rank {self._transport.rank}/{self._transport.size}, {description}"
         # Whoever left after this operation has done its part of it, even if that is still under way.
         with self._lock:

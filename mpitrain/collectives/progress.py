@@ -10,13 +10,12 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
 from mpitrain.collectives.calls import Calls
 from mpitrain.collectives.executor import Task
-from mpitrain.collectives.services import Services
+from mpitrain.collectives.progress_thread import ProgressThread
 from mpitrain.comm import Backoff, Topology
 from mpitrain.config import Settings
 from mpitrain.errors import CommTimeoutError
@@ -132,17 +131,15 @@ class ProgressEngine:
     def __init__(self, *, spin_waiting: bool = False, spin_background: bool = False) -> None:
         self.spin_waiting = spin_waiting
         self.spin_background = spin_background
-        # Told of changes under the lock of `_changed`.
+        self._thread = ProgressThread(self)
+        # Guards what tells the thread whether there is work, and the clock.
+        self._changed = self._thread.changed
         self._clock = CommunicationClock()
         self._calls: list[Calls] = []
         self._active: list[_Running] = []
         self._driving = threading.Lock()
-        self._changed = threading.Condition()
         self._waiters = 0
-        self.is_closed = False
-        self._thread: threading.Thread | None = None
         self.recorder: Recorder | None = None
-        self._services = Services()
 
     @classmethod
     def for_node(cls, settings: Settings, topology: Topology) -> ProgressEngine:
@@ -182,7 +179,7 @@ class ProgressEngine:
     @contextlib.contextmanager
     def _as_caller(self) -> Iterator[None]:
         """Count the time as the caller's, unless the progress thread itself calls."""
-        if threading.current_thread() is self._thread:
+        if self._thread.is_current:
             yield
             return
         with self._changed:
@@ -213,30 +210,15 @@ class ProgressEngine:
 
     def _add(self, running: _Running) -> None:
         with self._changed:
-            if self.is_closed:
+            if self._thread.is_closed:
                 raise RuntimeError("progress engine: cannot start an operation, it is closed")
             self._active.append(running)
             self._clock.note(is_in_flight=True)
-            self._wake_thread()
-
-    def _wake_thread(self) -> None:
-        if self._thread is None and not self.is_closed:
-            self._thread = threading.Thread(
-                target=_serve, args=(weakref.ref(self), self._changed), name="mpitrain progress", daemon=True
-            )
-            self._thread.start()
-        self._changed.notify_all()
+            self._thread.wake()
 
     def serve_regularly(self, service: Callable[[], object]) -> None:
         """Have the progress thread call it a few times per second, whatever the caller does; see `Services`."""
-        with self._changed:
-            self._services.add(service)
-            self._wake_thread()
-
-    def call_services(self) -> float:
-        """Call the services if it is time for them, for the progress thread; return when to do so again, in seconds."""
-        self._services.call()
-        return self._services.idle_s
+        self._thread.serve_regularly(service)
 
     def install(self, recorder: Recorder | None) -> bool:
         """Record what is done from now on, or no longer; whether the recorder was taken, as there is only one."""
@@ -305,12 +287,7 @@ class ProgressEngine:
 
     def close(self) -> None:
         """Stop the thread; operations still in flight stay unfinished."""
-        with self._changed:
-            self.is_closed = True
-            self._changed.notify_all()
-            thread, self._thread = self._thread, None
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
+        self._thread.close()
 
     def abandon(self) -> None:
         """Give up what is in flight, at the end of the process: its memory must outlive the interpreter."""
@@ -326,24 +303,3 @@ class ProgressEngine:
     def has_background_work(self) -> bool:
         """Whether operations are in flight that no waiting thread advances."""
         return bool(self._active) and not self._waiters
-
-
-def _serve(engine_ref: Callable[[], ProgressEngine | None], changed: threading.Condition) -> None:
-    """Body of the progress thread; holds the engine only while it works, so that it can be collected."""
-    backoff: Backoff | None = None
-    while (engine := engine_ref()) is not None and not engine.is_closed:
-        idle_s = engine.call_services()
-        if engine.has_background_work():
-            backoff = backoff or Backoff(spin=engine.spin_background)
-            if engine.advance_all():
-                backoff.reset()
-            else:
-                backoff.pause()
-        else:
-            backoff = None
-            with changed:
-                if engine.has_background_work() or engine.is_closed:
-                    continue
-                del engine
-                # Woken by new work; the time limit is also for engines that nobody refers to any more.
-                changed.wait(idle_s)

@@ -10,15 +10,15 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from mpitrain.comm import Transport
 
 __all__ = ["Free", "Reclaimer"]
 
 
-Free: TypeAlias = Callable[[], Callable[[], None] | None]
-"""Frees something; may return what is to be done once all ranks have freed it."""
+Free: TypeAlias = Callable[[], Callable[[], None] | Literal[False] | None]
+"""Frees something; may return what is to be done once all ranks have freed it, or False if it cannot be freed."""
 
 
 class _Registry(NamedTuple):
@@ -90,8 +90,10 @@ class Reclaimer:
     def free_together(self, dying: Sequence[Free]) -> None:
         """Free things, as many and in the same order on all ranks, and finish each when all ranks have freed it."""
         finishes = [free() for free in dying]
-        if finishes:
-            self._transport.gather_everywhere(None)
-        for finish in finishes:
-            if finish is not None:
+        if not finishes:
+            return
+        everybodys = self._transport.gather_everywhere([finish is not False for finish in finishes])
+        for finish, are_freed in zip(finishes, zip(*everybodys, strict=True), strict=True):
+            # What one rank could not free may still refer to what the others have.
+            if finish and all(are_freed):
                 finish()

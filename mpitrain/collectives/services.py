@@ -7,6 +7,8 @@ import time
 import weakref
 from collections.abc import Callable
 
+from mpitrain.collectives.listeners import Listeners
+
 __all__ = ["Services"]
 
 _log = logging.getLogger("mpitrain")
@@ -21,12 +23,12 @@ class Services:
     """Bound methods, held weakly. None may block; one that returns True wants to be called again at once."""
 
     def __init__(self) -> None:
-        self._references: list[weakref.WeakMethod[Callable[[], object]]] = []
+        self._listeners: Listeners[Callable[[], object]] = Listeners()
         self._next_s = 0.0
 
     def add(self, service: Callable[[], object]) -> None:
         """Add one."""
-        self._references.append(weakref.WeakMethod(service))
+        self._listeners.append(weakref.WeakMethod(service))
 
     def call(self) -> None:
         """Call all, if it is time; for one thread."""
@@ -34,11 +36,7 @@ class Services:
         if now_s < self._next_s:
             return
         is_urgent = False
-        for reference in tuple(self._references):
-            service = reference()
-            if service is None:
-                self._references.remove(reference)
-                continue
+        for service in self._listeners:
             try:
                 is_urgent |= bool(service())
             except Exception as error:  # noqa: BLE001  (operations go on, and whoever needs the service has a limit)
@@ -48,6 +46,6 @@ class Services:
     @property
     def idle_s(self) -> float:
         """For how long the thread may sleep if it has nothing else to do."""
-        if not self._references:
+        if not len(self._listeners):
             return _LONGEST_SLEEP_S
         return max(0.0, self._next_s - time.monotonic())

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import numpy as np
 
 from mpitrain.config import copy_environment
 from mpitrain.memory.device import as_cupy, empty, load_cupy, streams_of
+from mpitrain.programs import run_program
 
 __all__ = ["CudaAwareness", "exchange_with_itself", "try_exchange", "what_mpi_says"]
 
@@ -92,24 +91,15 @@ def try_exchange(device: int, limit_s: float = _LIMIT_S) -> CudaAwareness:
         limit_s: After so long it is ended.
     """
     try:
-        done = subprocess.run(  # noqa: S603  (the interpreter that runs this, with a text of ours)
-            [sys.executable, "-c", _TRIAL, str(device)],
-            env=_environment_of_no_rank(),
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=limit_s,
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
-    except subprocess.TimeoutExpired:
+        command = [sys.executable, "-c", _TRIAL, str(device)]
+        done = run_program(command, limit_s=limit_s, environ=_environment_of_no_rank())
+    except TimeoutError:
         return CudaAwareness(is_aware=False, source=f"a trial did not end within {limit_s:.0f} s")
-    if done.returncode == 0:
+    if done.status == 0:
         return CudaAwareness(is_aware=True, source="a trial exchanged device memory")
-    if done.returncode < 0:
-        return CudaAwareness(is_aware=False, source=f"a trial was ended by {signal.Signals(-done.returncode).name}")
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip(" -")]
-    return CudaAwareness(is_aware=False, source=f"a trial failed: {lines[-1] if lines else done.returncode}")
+    if done.status < 0:
+        return CudaAwareness(is_aware=False, source=f"a trial was ended by {done.ending}")
+    return CudaAwareness(is_aware=False, source=f"a trial failed: {done.last_words}")
 
 
 def exchange_with_itself(device: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 
@@ -13,6 +12,7 @@ from mpitrain.config import copy_environment, prepare_mpi_wheel
 from mpitrain.doctor.findings import Finding
 from mpitrain.errors import LaunchError
 from mpitrain.launch import Host, JobRequest, Launcher, build_command, check_user, find_launcher, is_known
+from mpitrain.programs import run_program
 
 __all__ = ["check_launcher", "check_reach"]
 
@@ -52,23 +52,14 @@ def _try_two_ranks(launcher: Launcher) -> Finding:
         program=(sys.executable, "-c", _PROGRAM), size=_SIZE, is_local=True, oversubscribe=True, tagged=False
     )
     try:
-        done = subprocess.run(  # noqa: S603  (what `build_command` made, and no shell)
-            build_command(launcher, request),
-            env=environ,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_LIMIT_S,
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
+        done = run_program(build_command(launcher, request), limit_s=_LIMIT_S, environ=environ)
+    except OSError as error:
         return Finding("two ranks", "failure", f"do not start: {error}", "see whether the launcher works by itself")
     # Not by lines, which MPICH's launcher tears apart.
-    sizes = re.findall(r"size (\d+);", done.stdout)
-    if done.returncode or len(sizes) != _SIZE:
-        lines = [line.strip() for line in done.stderr.splitlines() if line.strip(" -")]
-        reason = lines[0] if lines else f"status {done.returncode}"
+    sizes = re.findall(r"size (\d+);", done.output)
+    if done.status or len(sizes) != _SIZE:
+        # The first one: how ranks ended is told after what kept them from running.
+        reason = done.complaints[0] if done.complaints else done.ending
         return Finding("two ranks", "failure", f"do not run: {reason}", f"try by hand: {launcher.path} -np 2 hostname")
     if sizes != [str(_SIZE)] * _SIZE:
         remedy = "use the mpirun of the library that mpi4py loads: one MPI per environment, one module loaded"
@@ -94,20 +85,10 @@ def _reach(host: Host, agent: str) -> Finding:
     # Nobody is there to type a password.
     options = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=10"]
     try:
-        done = subprocess.run(  # noqa: S603  (names are checked when they are read)
-            [agent, *options, host.name, "true"],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_LIMIT_S,
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
+        done = run_program([agent, *options, host.name, "true"], limit_s=_LIMIT_S)
+    except OSError as error:
         return Finding(name, "failure", f"does not answer: {error}", "see whether it is up, and its firewall")
-    if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        reason = lines[-1] if lines else f"status {done.returncode}"
+    if done.status:
         remedy = f"make this work without a password: {agent} {host.name} true"
-        return Finding(name, "failure", f"cannot be reached: {reason}", remedy)
+        return Finding(name, "failure", f"cannot be reached: {done.last_words}", remedy)
     return Finding(name, "ok", f"reached, {host.slots} slots")

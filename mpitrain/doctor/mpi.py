@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 from mpitrain.config import Settings, copy_environment
 from mpitrain.doctor.findings import Finding
 from mpitrain.errors import UnavailableError
 from mpitrain.memory.device import device_of
+from mpitrain.programs import run_program
 
 __all__ = ["check_mpi", "why_mpi_does_not_start"]
 
@@ -18,19 +18,10 @@ _LIMIT_S = 60.0
 def why_mpi_does_not_start() -> str:
     """Start MPI in another process, which it may end; return what went wrong, "" if nothing."""
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", "from mpi4py import MPI"],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_LIMIT_S,
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
-    except subprocess.TimeoutExpired:
+        done = run_program([sys.executable, "-c", "from mpi4py import MPI"], limit_s=_LIMIT_S)
+    except TimeoutError:
         return f"it does not start within {_LIMIT_S:.0f} s"
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip(" -")]
-    return "" if done.returncode == 0 else lines[-1] if lines else f"it ends with status {done.returncode}"
+    return done.last_words if done.status else ""
 
 
 def check_mpi() -> list[Finding]:

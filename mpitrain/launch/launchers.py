@@ -6,12 +6,12 @@ import dataclasses
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from mpitrain.errors import LaunchError
+from mpitrain.programs import run_program
 
 __all__ = ["KINDS", "Launcher", "check_user", "find_launcher", "is_rank"]
 
@@ -101,18 +101,10 @@ def _paths(name: str) -> list[str]:
 def identify(path: str) -> Launcher | None:
     """Ask a program what it is; None if it does not say."""
     try:
-        done = subprocess.run(  # noqa: S603  (a path that was found, and no shell)
-            [path, "--version"],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_LIMIT_S,
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        done = run_program([path, "--version"], limit_s=_LIMIT_S)
+    except OSError:
         return None
-    said = done.stdout + done.stderr
+    said = done.output + done.errors
     for kind, sign in _SIGNS:
         if sign.search(said):
             version = _VERSION.search(said)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import concurrent.futures
 import shutil
 import socket
-import subprocess
 from collections.abc import Sequence
 
 from mpitrain.errors import LaunchError
 from mpitrain.launch.hosts import Host
+from mpitrain.programs import run_program
 
 __all__ = ["check_names", "is_known"]
 
@@ -51,18 +51,10 @@ def _ssh_knows(name: str) -> bool:
     if ssh is None:
         return False
     try:
-        done = subprocess.run(  # noqa: S603  (names are checked when they are read, and no shell)
-            [ssh, "-G", "--", name],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_LIMIT_S,
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        done = run_program([ssh, "-G", "--", name], limit_s=_LIMIT_S)
+    except OSError:
         return False
-    answers = dict(line.split(" ", 1) for line in done.stdout.splitlines() if " " in line)
+    answers = dict(line.split(" ", 1) for line in done.output.splitlines() if " " in line)
     # Behind another host it is that one who knows the name.
     if {"proxyjump", "proxycommand"} & answers.keys():
         return True

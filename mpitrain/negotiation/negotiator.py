@@ -9,27 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import pickle
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from mpitrain.collectives import Communicator, Handle, Task
 from mpitrain.errors import CommError
-from mpitrain.memory import DTYPES, flat_view
+from mpitrain.memory import flat_view
 from mpitrain.negotiation.announcement import Announcement, Decision, tensors_of
-from mpitrain.negotiation.coordinator import Coordinator
 from mpitrain.negotiation.device_arrays import start_staged
+from mpitrain.negotiation.dialogue import Dialogue
 from mpitrain.negotiation.execution import Entry, Results, contiguous, neutral_entries, run_decision
-from mpitrain.negotiation.failures import as_collective_error, error_of, error_of_closing, error_of_name
+from mpitrain.negotiation.failures import as_collective_error, error_of, error_of_closing
+from mpitrain.negotiation.in_flight import InFlight, Reservation, StandIn
 from mpitrain.negotiation.joining import JOIN, STEP, STEP_END, Steps, UnnamedOperations
-from mpitrain.negotiation.refusals import Refusals
-from mpitrain.negotiation.stalls import StallWatch, Waiting
 
 __all__ = ["Negotiator"]
-
-_COORDINATOR = 0
 
 
 class Negotiator:
@@ -50,30 +46,20 @@ class Negotiator:
         self.group = comm
         self.comm = comm.duplicate(comm.settings.replace(check=False))
         self.settings = comm.settings
-        self._control = comm.transport.duplicate()
-        comm.free_with(self, self._control.free)
-        self._coordinator: Coordinator | None = None
-        if comm.rank == _COORDINATOR:
-            itemsizes = {name: dtype.itemsize for name, dtype in DTYPES.items()}
-            self._coordinator = Coordinator(comm.size, comm.settings.fusion_nbytes, itemsizes)
-        self._lock = threading.Lock()
-        # Guards what the threads that start operations and the one that serves share: all of the next lines.
-        self._names: set[str] = set()
-        self._undecided: dict[str, Entry] = {}
-        self._refusals = Refusals()
-        self._is_serving = False
-        self._closing: Decision | None = None
-        self._own_announcements: list[Announcement] = []
+        control = comm.transport.duplicate()
+        comm.free_with(self, control.free)
+        self._dialogue = Dialogue(control, comm.settings)
+        self._in_flight = InFlight(self._dialogue.announce)
         self._unnamed = UnnamedOperations()
-        # What hears of steps for as long as this rank has joined.
-        self._stand_in: Callable[[Callable[[], None]], None] | None = None
-        self._stalls = StallWatch(comm.settings, comm.rank, comm.size)
+        # Whoever starts an operation sees to it that somebody serves it.
+        self._lock = threading.Lock()
+        self._is_serving = False
         self.steps = Steps(self._start_step, self._end_step)
         comm.before_leaving(self.leave)
         # A rank that waits for something else, or for nothing, learns of those that have joined; rank 0 also of those
         # that wait for a named operation which it has not started.
         comm.while_waiting(self.attend)
-        if comm.size > 1 and self._coordinator is not None:
+        if comm.size > 1 and self._dialogue.decides:
             comm.engine.serve_regularly(self.attend)
 
     def start(
@@ -118,13 +104,24 @@ class Negotiator:
         enter = functools.partial(self._enter, announcement, in_place=in_place)
         if all(view.is_host for view in views):
             return enter(list(arrays))
-        refuse = functools.partial(self.refuse, name, collective)
-        return start_staged(self.comm, f"{collective} {name}", views, enter, refuse, in_place=in_place)
+        # Nobody else may start it while what it brings is on its way.
+        reservation = self._in_flight.reserve(name)
+
+        def refuse(problem: str) -> None:
+            self._in_flight.release(reservation)
+            self.refuse(name, collective, problem)
+
+        enter = functools.partial(enter, reservation=reservation)
+        try:
+            return start_staged(self.comm, f"{collective} {name}", views, enter, refuse, in_place=in_place)
+        except BaseException:
+            self._in_flight.release(reservation)
+            raise
 
     def await_name(self, name: str) -> None:
         """Return when no operation of this name is in flight here."""
-        if name in self._names:
-            self.comm.engine.wait_until(lambda: name not in self._names, name)
+        if self._in_flight.holds(name):
+            self.comm.engine.wait_until(lambda: not self._in_flight.holds(name), name)
 
     def refuse(self, name: str, collective: str, problem: str) -> None:
         """Say that this rank cannot take part in an operation that others may start; they get an error.
@@ -136,7 +133,7 @@ class Negotiator:
             with contextlib.suppress(ValueError, CommError):
                 self._enter(Announcement(name, collective, problem=problem), [], in_place=False)
 
-    def join(self, stand_in: Callable[[Callable[[], None]], None]) -> Handle[Results]:
+    def join(self, stand_in: StandIn) -> Handle[Results]:
         """Say that this rank has run out of data: until all ranks have joined it takes part with what changes nothing.
 
         Meanwhile it can start no operation.
@@ -148,50 +145,37 @@ class Negotiator:
         Returns:
             Handle of a list with the rank that has joined last.
         """
-        with self._lock:
-            self._stand_in = stand_in
+        # What this rank has started before is announced before.
+        self.comm.engine.wait_until(lambda: not self._in_flight.has_reservations, JOIN)
+        self._in_flight.join(stand_in)
         return self._enter(Announcement(JOIN, JOIN), [], in_place=False)
 
     def _start_step(self, name: str) -> None:
         self._enter(Announcement(name, STEP), [], in_place=False)
 
     def _end_step(self, name: str) -> None:
-        with self._lock:
-            entry = self._undecided.pop(name, None)
+        entry = self._in_flight.take_back(name)
         if entry is not None:
             self._forget([entry])
-            with contextlib.suppress(CommError), self._lock:
-                self._announce(Announcement(name, STEP_END))
+            with contextlib.suppress(CommError):
+                self._dialogue.announce(Announcement(name, STEP_END))
 
-    def _enter(self, announcement: Announcement, arrays: list[Any], *, in_place: bool) -> Handle[Results]:
-        name, collective = announcement.name, announcement.collective
-        handle = self.comm.engine.promise(f"{collective} {name}")
+    def _enter(
+        self,
+        announcement: Announcement,
+        arrays: list[Any],
+        *,
+        in_place: bool,
+        reservation: Reservation | None = None,
+    ) -> Handle[Results]:
+        name = announcement.name
+        handle = self.comm.engine.promise(f"{announcement.collective} {name}")
         entry = Entry(announcement, arrays, in_place, handle, time.monotonic())
-        with self._lock:
-            if self._closing is not None:
-                handle.reject(error_of_closing(name, self._closing))
-                return handle
-            if self._stand_in is not None and collective != JOIN:
-                raise ValueError(f"{name}: cannot be started on a rank that has joined; wait until join has returned")
-            if name in self._names:
-                raise error_of_name(name)
-            entry.observe(self.comm.engine.recorder)
-            if not self._refusals.put_behind(entry):
-                self._submit(entry)
-            if not announcement.problem:
-                self._names.add(name)
-            must_serve = not self._is_serving
-            self._is_serving = True
-        if must_serve:
-            self.comm.engine.start(self._serve(), "negotiation")
-        return handle
-
-    def _submit(self, entry: Entry) -> None:
-        self._announce(entry.announcement)
-        if entry.announcement.problem:
-            self._refusals.put(entry)
+        if closing := self._in_flight.enter(entry, self.comm.engine.recorder, reservation):
+            handle.reject(error_of_closing(name, closing))
         else:
-            self._undecided[entry.announcement.name] = entry
+            self._be_served()
+        return handle
 
     def next_name(self) -> str:
         """Return a name for an operation that the caller has not named; see `UnnamedOperations`."""
@@ -199,53 +183,39 @@ class Negotiator:
 
     def attend(self) -> None:
         """Look for what other ranks have said, though this one may have started nothing."""
-        with self._lock:
-            if self._is_serving or self._closing is not None:
-                return
-            self._is_serving = True
-        self.comm.engine.start(self._serve(), "negotiation")
+        if self._in_flight.closing is None:
+            self._be_served()
 
     def leave(self, reason: str) -> None:
         """End here: this rank takes part in no further operation. The others are told, so that none waits in vain."""
         if self._close(Decision((), reason="left", closed=f"this rank {reason}")):
             # Whoever cannot be told learns it from the transport.
             with contextlib.suppress(CommError):
-                self._tell_of_leaving(reason)
+                self._dialogue.tell_of_leaving(reason)
         self.comm.leave(reason)
 
     def free(self) -> None:
         """Release the communicators. Every rank must call, when no operation is in flight."""
-        self._control.free()
+        self._dialogue.free()
         self.comm.free()
 
-    # What this rank says
-
-    def _announce(self, announcement: Announcement) -> None:
-        if self._coordinator is not None:
-            self._own_announcements.append(announcement)
-        else:
-            self._control.notify(_COORDINATOR, pickle.dumps(announcement))
-
-    def _tell_of_leaving(self, reason: str) -> None:
-        if self._coordinator is not None:
-            self._broadcast([Decision((), reason="left", closed=f"rank {self.comm.rank} {reason}")])
-        else:
-            self._control.notify(_COORDINATOR, pickle.dumps(reason))
-
-    def _broadcast(self, decisions: list[Decision]) -> None:
-        data = pickle.dumps(decisions)
-        for rank in range(self.comm.size):
-            if rank != _COORDINATOR:
-                self._control.notify(rank, data)
-
     # What the engine advances
+
+    def _be_served(self) -> None:
+        with self._lock:
+            if self._is_serving:
+                return
+            self._is_serving = True
+        self.comm.engine.start(self._serve(), "negotiation")
 
     def _serve(self) -> Task[None]:
         try:
             while True:
-                moved = self._coordinate() if self._coordinator is not None else self._obey()
+                moved, decisions = self._dialogue.hear(self._in_flight.waiting)
+                self._carry_out(decisions)
                 with self._lock:
-                    is_waiting = bool(self._undecided) or self._refusals.keep_waiting
+                    # What is entered from now on is served anew.
+                    is_waiting = self._in_flight.awaits_decision
                     if not is_waiting and not moved:
                         self._is_serving = False
                         return
@@ -256,47 +226,8 @@ class Negotiator:
             reason = f"has failed with {type(error).__name__}: {error}"
             self._close(Decision((), reason="broken", closed=f"this rank {reason}"))
             with contextlib.suppress(CommError):
-                self._tell_of_leaving(reason)
+                self._dialogue.tell_of_leaving(reason)
             raise
-
-    def _coordinate(self) -> bool:
-        assert self._coordinator is not None
-        now_s = time.monotonic()
-        with self._lock:
-            own, self._own_announcements = self._own_announcements, []
-        for announcement in own:
-            self._coordinator.announce(self.comm.rank, announcement, now_s)
-        notices = self._control.notices()
-        for rank, data in notices:
-            message = pickle.loads(data)
-            if isinstance(message, str):
-                self._coordinator.leave(rank, message)
-            else:
-                self._coordinator.announce(rank, message, now_s)
-        if own or notices:
-            # More may be on the way: what becomes ready together is fused.
-            return True
-        decisions = self._coordinator.decide() + self._stalls.inspect(self._coordinator, self._waiting, now_s)
-        if decisions:
-            self._broadcast(decisions)
-            if self.comm.engine.recorder is not None:
-                self.comm.engine.recorder.mark_cycle([name for decision in decisions for name in decision.names])
-            self._carry_out(decisions)
-        return bool(decisions)
-
-    def _obey(self) -> bool:
-        notices = self._control.notices()
-        for _, data in notices:
-            self._carry_out(pickle.loads(data))
-        if not notices and (reason := self._stalls.inspect_alone(self._waiting, time.monotonic())):
-            self._tell_of_leaving(f"has given up: {reason}")
-            self._give_up(Decision((), reason=self._stalls.reason, closed=reason))
-        return bool(notices)
-
-    def _waiting(self) -> Waiting:
-        with self._lock:
-            undecided = [(name, entry.since_s) for name, entry in self._undecided.items() if name != JOIN]
-            return Waiting(undecided, [(each.announcement.name, each.since_s) for each in self._refusals.waiting()])
 
     def _give_up(self, closing: Decision) -> None:
         self._close(closing)
@@ -305,6 +236,9 @@ class Negotiator:
             self.group.leave(f"has given up: {closing.closed}")
 
     def _carry_out(self, decisions: list[Decision]) -> None:
+        recorder = self.comm.engine.recorder
+        if decisions and self._dialogue.decides and recorder is not None:
+            recorder.mark_cycle([name for decision in decisions for name in decision.names])
         for decision in decisions:
             if decision.closed:
                 self._give_up(decision)
@@ -342,9 +276,7 @@ class Negotiator:
 
     def _entries_of(self, decision: Decision) -> list[Entry]:
         """Take the operations of a decision out of those that wait for one."""
-        with self._lock:
-            entries = [entry for name in decision.names if (entry := self._take(name))]
-            stand_in = self._stand_in
+        entries, stand_in = self._in_flight.take(decision.names)
         if entries or stand_in is None or self.comm.rank not in decision.absent:
             return entries
         first = decision.announced[0]
@@ -353,17 +285,10 @@ class Negotiator:
             return []
         return neutral_entries(decision, self.comm.engine)
 
-    def _take(self, name: str) -> Entry | None:
-        was_refused, following = self._refusals.decided(name)
-        if following is not None:
-            self._submit(following)
-        return None if was_refused else self._undecided.pop(name, None)
-
     def _end_join(self) -> None:
         self.steps.note_absent(())
-        with self._lock:
-            self._unnamed.begin_anew()
-            self._stand_in = None
+        self._unnamed.begin_anew()
+        self._in_flight.end_join()
 
     def _finish(self, task: Task[list[Results]], entries: list[Entry]) -> Task[None]:
         try:
@@ -382,18 +307,13 @@ class Negotiator:
 
     def _forget(self, entries: Sequence[Entry]) -> None:
         """Free the names; before the handles are done, so that whoever waits for one may use its name again."""
-        with self._lock:
-            self._names.difference_update(entry.announcement.name for entry in entries)
+        self._in_flight.forget(entries)
         for entry in entries:
             entry.enter("")
 
     def _close(self, closing: Decision) -> bool:
         """End what is undecided, and all that will be started; whether that was not done before."""
-        with self._lock:
-            is_first = self._closing is None
-            self._closing = self._closing or closing
-            entries = [*self._undecided.values(), *self._refusals.clear()]
-            self._undecided.clear()
+        is_first, entries = self._in_flight.close(closing)
         for entry in entries:
             self._fail([entry], error_of_closing(entry.announcement.name, closing))
         return is_first

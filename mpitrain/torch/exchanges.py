@@ -83,7 +83,9 @@ def broadcast_(
     tensor: Tensor, root_rank: int, name: str | None = None, process_set: ProcessSet = global_process_set
 ) -> Tensor:
     """Copy the root's tensor into those of all other ranks; see `broadcast`."""
-    return synchronize(broadcast_async_(tensor, root_rank, name, process_set))  # type: ignore[no-any-return]
+    with Operation("broadcast", name, process_set) as operation:
+        root = root_of(root_rank, process_set)
+        return synchronize(operation.start([tensor], only_result, root=root, in_place=True))  # type: ignore[no-any-return]
 
 
 def alltoall_async(

@@ -8,7 +8,7 @@ from typing import Any
 
 from mpitrain.collectives import Handle
 
-__all__ = ["poll", "register", "synchronize"]
+__all__ = ["forget", "poll", "register", "synchronize"]
 
 _handles: dict[int, tuple[Handle[list[Any]], Callable[[list[Any]], Any]]] = {}
 _numbers = itertools.count()
@@ -24,6 +24,11 @@ def register(handle: Handle[list[Any]], finish: Callable[[list[Any]], Any]) -> i
     number = next(_numbers)
     _handles[number] = (handle, finish)
     return number
+
+
+def forget(handle: int) -> None:
+    """Give back the number of an operation whose result nobody will ask for; an unknown one is none's any more."""
+    _handles.pop(handle, None)
 
 
 def poll(handle: int) -> bool:

@@ -32,7 +32,7 @@ class NamedGradients:
     def __init__(self, reduction: Reduction) -> None:
         self._reduction = reduction
         # Of this step: what was started or refused, and what of that is in flight.
-        self._begun: set[Slot] = set()
+        self._begun: dict[Slot, Operation] = {}
         self._in_flight: dict[Slot, Callable[[], Tensor]] = {}
 
     def start(self, slot: Slot) -> None:
@@ -40,7 +40,7 @@ class NamedGradients:
         operation = self._operation_of(slot)
         # An interrupted step may have left it in flight.
         operation.negotiator.await_name(operation.name)
-        self._begun.add(slot)
+        self._begun[slot] = operation
         with operation:
             param = slot.param
             grad = torch.zeros_like(param) if param.grad is None else param.grad.detach()
@@ -79,6 +79,8 @@ class NamedGradients:
                 slot.param.grad = None
             else:
                 self._operation_of(slot).refuse(error)
+        for operation in self._begun.values():
+            operation.abandon()
         self._begun.clear()
         self._in_flight.clear()
 

@@ -10,7 +10,7 @@ from typing import Any, final
 import torch
 
 from mpitrain.memory import check_op, dtype_of_torch, parse_op
-from mpitrain.torch.handles import register
+from mpitrain.torch.handles import forget, register
 from mpitrain.torch.world import ProcessSet, negotiator_of
 
 __all__ = ["Operation", "only_result"]
@@ -28,7 +28,8 @@ class Operation:
     """A named operation that this rank is about to start, within a `with` block that prepares it and starts it.
 
     Whatever raises in the block before the start, be it a bad argument, memory that is not to be had or an interrupt,
-    is announced as a refusal: the other ranks get an error instead of waiting.
+    is announced as a refusal: the other ranks get an error instead of waiting. What raises after it abandons the
+    operation here, which goes on.
 
         with Operation("allgather", name, process_set) as operation:
             handle = operation.start([prepared(tensor)], only_result)
@@ -59,6 +60,7 @@ class Operation:
         # hang.
         self.name = self.negotiator.next_name() if name is None else f"{collective}.{name}"
         self._is_announced = False
+        self._handle: int | None = None
 
     def __enter__(self) -> Operation:
         return self
@@ -66,12 +68,21 @@ class Operation:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is not None and not self._is_announced:
+        if error is None:
+            return
+        if self._is_announced:
+            self.abandon()
+        else:
             self.refuse(error)
 
     def refuse(self, error: BaseException) -> None:
         """Let the other ranks know that this one cannot take part, and why."""
         self.negotiator.refuse(self.name, self.collective, f"{type(error).__name__}: {error}")
+
+    def abandon(self) -> None:
+        """Let nobody ask for the result of what was started; without a start it does nothing."""
+        if self._handle is not None:
+            forget(self._handle)
 
     def start(
         self,
@@ -108,7 +119,8 @@ class Operation:
             finish = functools.partial(_return_own, list(tensors), finish)
         handle = self.negotiator.start(self.name, self.collective, inputs, in_place=in_place, **details)
         self._is_announced = True
-        return register(handle, finish)
+        self._handle = register(handle, finish)
+        return self._handle
 
 
 def _check(tensor: Tensor, collective: str, details: dict[str, Any]) -> None:

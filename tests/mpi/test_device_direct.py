@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 
 import numpy as np
@@ -9,9 +10,12 @@ import pytest
 
 from mpitrain.collectives import Communicator, device_staging
 from mpitrain.config import Settings
-from mpitrain.memory.device import device_of
+from mpitrain.errors import CommRevokedError
+from mpitrain.memory.device import device_of, ipc
 from tests.support.devices import each_cupy
+from tests.support.fake_cupy import held_up
 from tests.support.host_kernels import needs_compiler
+from tests.support.ranks import outcome
 
 __all__ = ["each_cupy"]
 
@@ -183,3 +187,53 @@ def test_one_rank_that_cannot_map_the_others(fake_cupy, caplog):
     assert len(told) == (comm.rank == 0)
     comm.free()
     comm.engine.close()
+
+
+@needs_compiler
+@pytest.mark.mpi(min_size=2)
+def test_a_rank_that_failed_with_work_in_flight_holds_up_nothing_that_comes_after(fake_cupy, monkeypatch, caplog):
+    monkeypatch.setattr(ipc, "_PATIENCE_S", 0.2)
+    settings = Settings(wait="sleep")
+    first = Communicator.from_mpi(settings=settings)
+    is_failing = first.rank == first.size - 1
+    count = (1 << 20) + 5
+
+    def both(comm, turn):
+        """Reduce an array in device memory that ranks share, and an ordinary one, which passes through such memory."""
+        shared = comm.allocate(count, "float32", device="cuda")
+        ordinary = fake_cupy.zeros(count, np.float32)
+        for array in (shared.cupy(), ordinary):
+            array.set(values(comm.rank, count, turn=turn))
+        for array in (shared, ordinary):
+            comm.allreduce_(array)
+        expected = everybodys(comm.size, count, turn=turn).sum(0)
+        for array in (shared.cupy(), ordinary):
+            np.testing.assert_array_equal(array.get(), expected)
+        return shared
+
+    array = both(first, 0)
+    with contextlib.ExitStack() as stack:
+        if is_failing:
+            stack.enter_context(held_up(fake_cupy, array.streams.compute))
+        first.barrier()
+        # The host is through with it, and the device never will be.
+        with fake_cupy.cuda.Stream(non_blocking=True):
+            first.allreduce_async_(array).wait()
+        assert not array.streams.are_idle
+        if is_failing:
+            first.revoke("its device hangs")
+        assert isinstance(outcome(first.barrier), CommRevokedError)
+        second = Communicator.from_mpi(settings=settings)
+        second.adopt(first)
+        both(second, 1)
+        # What it has left cannot be given back, and holds up nobody who tries.
+        first.engine.close()
+        del first, array
+        gc.collect()
+        both(second, 2)
+        both(second, 3)
+        second.barrier()
+    second.barrier()
+    second.free()
+    second.engine.close()
+    assert "stay allocated" in caplog.text

@@ -8,6 +8,7 @@ torch = pytest.importorskip("torch")
 
 import mpitrain.torch as hvd  # noqa: E402
 from mpitrain.collectives import Handle, PersistentPlan  # noqa: E402
+from mpitrain.torch import handles  # noqa: E402
 from mpitrain.torch.named_gradients import NamedGradients  # noqa: E402
 from mpitrain.torch.reducer import GradientReducer  # noqa: E402
 from mpitrain.torch.slots import Bucket  # noqa: E402
@@ -154,6 +155,7 @@ def test_an_interrupt_among_gradients_that_travel_by_name(where, turn, place, mo
         """Not a cast that is known, so gradients travel by name."""
 
     training = Training(compression=Unchanged)
+    known = set(handles._handles)
     for step in range(2):
         assert training.step(step) == total(step)
     if is_odd():
@@ -168,6 +170,8 @@ def test_an_interrupt_among_gradients_that_travel_by_name(where, turn, place, mo
     # Steps of the same number meet.
     results = [outcome(lambda: training.step(step)) for step in (3, 4)]  # noqa: B023
     assert results == [total(3), total(4)]
+    # Of what was given up nobody knows the number.
+    assert set(handles._handles) <= known
 
 
 def test_adasum_of_a_rank_whose_step_is_interrupted(monkeypatch):

@@ -4,25 +4,29 @@ A handle names a whole allocation of cudaMalloc, and allocations of pools cannot
 kinds. So the memory is an allocation of our own, and made for this purpose.
 
 A mapping must not outlive the memory: whoever gives a block up closes what it has mapped, waits until all others have
-done the same, and lets its own memory go only then (`Holdings.close`).
+done the same, and lets its own memory go only then (`Holdings.close`). Where something is queued that is never done,
+nobody lets go.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
 from mpitrain.errors import UnavailableError
 from mpitrain.memory.device.library import CupyArray, explained, load_cupy
-from mpitrain.memory.device.streams import Event, Stream, streams_of
+from mpitrain.memory.device.streams import Event, Stream, Streams, idle_streams
 
 __all__ = ["DeviceBlock", "Holdings", "allocate_mapped_device", "mapping_device_memory"]
 
 Result = TypeVar("Result")
+
+_log = logging.getLogger("mpitrain")
 
 _SUBJECT = "device memory"
 # Smaller allocations of cudaMalloc may be parts of a larger one, all of which a handle would hand over.
@@ -30,6 +34,8 @@ _GRAIN_NBYTES = 2 << 20
 # What a rank writes to the begin of its memory, for the others to find there.
 _MARK_NBYTES = 16
 _TOKEN = uuid.uuid4().hex
+# What a device is still busy with when an operation has ended takes less by far.
+_PATIENCE_S = 10.0
 
 
 class _Export(NamedTuple):
@@ -55,11 +61,12 @@ class _Export(NamedTuple):
 
 
 class _Own(NamedTuple):
-    """What this rank has made."""
+    """What this rank has made, and the streams on which all work on it is queued."""
 
     memory: Any
     events: list[Event]
     export: _Export
+    streams: Streams
 
 
 class _Opened(NamedTuple):
@@ -75,19 +82,33 @@ class Holdings:
     Args:
         own: This rank's.
         mappings: Of the others'.
-        device: Number of the device of this rank's own memory.
+
+    Attributes:
+        own: The same.
     """
 
-    def __init__(self, own: _Own, mappings: _Mappings, device: int) -> None:
+    def __init__(self, own: _Own, mappings: _Mappings) -> None:
         self.own = own
         self._mappings = mappings
-        self._stream = streams_of(device).compute
         _open.add(self)
 
-    def close(self) -> Callable[[], None]:
-        """Close the mappings; return what lets go of the memory, to be called when all ranks have closed theirs."""
+    def close(self) -> Callable[[], None] | Literal[False]:
+        """Close the mappings.
+
+        Returns:
+            What lets go of the memory, to be called when all ranks have closed theirs; False if something is queued
+            on the device that is not done within some seconds, as it waits for a rank that has failed: all ranks keep
+            what they have.
+        """
         # What an operation has queued may still be at work after the operation has ended for the host.
-        self._stream.synchronize()
+        if not self.own.streams.settle_device(_PATIENCE_S):
+            _log.warning(
+                "device memory: %.1f MiB of cuda:%d stay allocated, as the device waits for a rank that has failed; "
+                "end the process to free them",
+                self.own.memory.size / 2**20,
+                self.own.streams.device,
+            )
+            return False
         self._mappings.close()
         return self._let_go
 
@@ -106,18 +127,19 @@ class DeviceBlock:
     Args:
         rank: This rank on the node.
         nbytes: Of each rank's memory.
-        device: Number of the device of this rank's own memory.
         holdings: What the block is made of, and what is to be closed after it.
         opened: Those of the others.
 
     Attributes:
-        device: The same.
+        device: Number of the device of this rank's own memory.
         holdings: The same.
+        streams: On which all work on the block is to be queued.
         views: Each rank's memory as bytes, by rank on the node.
     """
 
-    def __init__(self, rank: int, nbytes: int, device: int, holdings: Holdings, opened: _Opened) -> None:
-        self.device = device
+    def __init__(self, rank: int, nbytes: int, holdings: Holdings, opened: _Opened) -> None:
+        self.streams = holdings.own.streams
+        self.device = device = self.streams.device
         self.holdings = holdings
         self._cupy = load_cupy(_SUBJECT)
         self._runtime = self._cupy.cuda.runtime
@@ -194,7 +216,7 @@ def mapping_device_memory(
     exports: list[_Export] = yield (_Export(_process(), problem=problem) if own is None else own.export)
     _raise_first([each.problem for each in exports])
     assert own is not None
-    mappings = _Mappings(device)
+    mappings = _Mappings(own.streams)
     opened, problem = _attempt(lambda: mappings.open(exports, rank))
     problems = yield (problem and f"rank {rank} of the node cannot map the memory of the others: {problem}")
     if any(problems) or opened is None:
@@ -202,24 +224,24 @@ def mapping_device_memory(
         yield ""  # nobody maps this rank's memory any more when it goes
         _raise_first(problems)
     assert opened is not None
-    stream = streams_of(device).compute
+    stream = own.streams.compute
     mappings.runtime.memsetAsync(own.memory.ptr, 0, _MARK_NBYTES, stream.ptr)
     stream.synchronize()
     yield ""  # only now is the memory of all ranks zero
-    return DeviceBlock(rank, nbytes, device, Holdings(own, mappings, device), opened)
+    return DeviceBlock(rank, nbytes, Holdings(own, mappings), opened)
 
 
 class _Mappings:
     """What this rank has opened of others.
 
     Args:
-        device: Number of the device that it is mapped for.
+        streams: Of the device that it is mapped for.
     """
 
-    def __init__(self, device: int) -> None:
+    def __init__(self, streams: Streams) -> None:
         self._cupy = load_cupy(_SUBJECT)
         self.runtime = self._cupy.cuda.runtime
-        self._device = device
+        self._streams = streams
         self._memories: list[int] = []
         self._events: list[int] = []
 
@@ -230,7 +252,7 @@ class _Mappings:
             RuntimeError: It cannot be opened, or is not what they have written.
         """
         opened = _Opened([], [])
-        with self._cupy.cuda.Device(self._device):
+        with self._cupy.cuda.Device(self._streams.device):
             for peer, export in enumerate(exports):
                 # A handle cannot be opened in the process that it comes from.
                 is_here = peer == rank or export.process == _process()
@@ -242,7 +264,7 @@ class _Mappings:
         address = int(self.runtime.ipcOpenMemHandle(export.memory))
         self._memories.append(address)
         found = np.zeros(_MARK_NBYTES, np.uint8)
-        stream = streams_of(self._device).down
+        stream = self._streams.down
         kind = self.runtime.memcpyDeviceToHost
         self.runtime.memcpyAsync(found.ctypes.data, address, _MARK_NBYTES, kind, stream.ptr)
         stream.synchronize()
@@ -257,7 +279,7 @@ class _Mappings:
 
     def close(self) -> None:
         """Close everything."""
-        with self._cupy.cuda.Device(self._device):
+        with self._cupy.cuda.Device(self._streams.device):
             while self._memories:
                 self.runtime.ipcCloseMemHandle(self._memories.pop())
             while self._events:
@@ -267,7 +289,8 @@ class _Mappings:
 def _allocate(nbytes: int, num_events: int, device: int) -> _Own:
     """Make memory and events of this rank."""
     cupy = load_cupy(_SUBJECT)
-    runtime, stream = cupy.cuda.runtime, streams_of(device).compute
+    streams = idle_streams(device)
+    runtime, stream = cupy.cuda.runtime, streams.compute
     with explained(_SUBJECT), cupy.cuda.Device(device):
         memory = cupy.cuda.Memory(-(-nbytes // _GRAIN_NBYTES) * _GRAIN_NBYTES)
         events = [cupy.cuda.Event(disable_timing=True, interprocess=True) for _ in range(num_events)]
@@ -283,7 +306,7 @@ def _allocate(nbytes: int, num_events: int, device: int) -> _Own:
             tuple(runtime.ipcGetEventHandle(event.ptr) for event in events),
             mark.tobytes(),
         )
-    return _Own(memory, events, export)
+    return _Own(memory, events, export, streams)
 
 
 def _attempt(function: Callable[[], Result]) -> tuple[Result | None, str]:

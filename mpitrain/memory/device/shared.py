@@ -10,7 +10,7 @@ import numpy as np
 from mpitrain.memory.device.arrays import device_id, empty
 from mpitrain.memory.device.ipc import DeviceBlock
 from mpitrain.memory.device.library import CupyArray, load_cupy
-from mpitrain.memory.device.streams import hand_over, produced, streams_of
+from mpitrain.memory.device.streams import Streams, hand_over, produced, streams_of
 from mpitrain.memory.dtypes import DType
 from mpitrain.memory.shared import NodeArray
 
@@ -57,6 +57,12 @@ class SharedDeviceArray(NodeArray):
         streams.copy(made.flat, self.flat, streams.compute)
         hand_over(made, streams.record(streams.compute))
         return made
+
+    @property
+    def streams(self) -> Streams:
+        """On which collectives queue what they do with it; of memory that ranks share."""
+        assert self.block is not None
+        return self.block.streams
 
     @property
     def device(self) -> int:

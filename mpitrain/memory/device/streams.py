@@ -4,14 +4,17 @@ Work on a device is queued on streams, and done later. Ours are non-blocking: th
 nor hold it up. What orders them is events: those that a caller's stream has to reach before we read its array, and
 those that ours have to reach before it reads the result. The device as a whole is never waited for, and a task, which
 never blocks, asks an event whether it is `done`.
+
+What a rank that has died was to do never comes, and a stream that waits for it does nothing any more. So memory that
+ranks share keeps to the streams that it was made with (`idle_streams`), and what is made anew gets others.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias, cast
 
 from mpitrain.memory.device.arrays import as_cupy, device_id
@@ -26,6 +29,7 @@ __all__ = [
     "Streams",
     "callers_stream",
     "hand_over",
+    "idle_streams",
     "is_done",
     "produced",
     "streams_of",
@@ -36,6 +40,7 @@ Event: TypeAlias = Any
 
 # What CUDA answers about an event that is still to come.
 _NOT_READY = 600
+_POLL_S = 1e-3
 
 Stream: TypeAlias = Any
 """A `cupy.cuda.Stream`."""
@@ -60,6 +65,41 @@ class Streams:
         self._cupy = cupy
         with self._cupy.cuda.Device(device):
             self.down, self.up, self.compute = (self._cupy.cuda.Stream(non_blocking=True) for _ in range(3))
+        self._has_lingered = False
+
+    @property
+    def are_idle(self) -> bool:
+        """Whether all that was queued is done; never blocks."""
+        return all(stream.done for stream in (self.down, self.up, self.compute))
+
+    def settle(self, limit_s: float) -> bool:
+        """Wait until all that was queued is done; whether it is.
+
+        Args:
+            limit_s: For no longer than so many seconds, and not again once these were not enough.
+        """
+        deadline_s = time.monotonic() + (0.0 if self._has_lingered else limit_s)
+        while not self.are_idle:
+            if time.monotonic() > deadline_s:
+                self._has_lingered = True
+                return False
+            time.sleep(_POLL_S)
+        return True
+
+    def settle_device(self, limit_s: float) -> bool:
+        """Wait until all that was queued on the device is done, on whatever streams of ours; whether it is.
+
+        CUDA takes memory back only when all work of the device is done, and waits for that without end.
+
+        Args:
+            limit_s: As for `settle`.
+        """
+        key = self._cupy, self.device
+        with _making:
+            earlier = [streams for streams in _earlier.pop(key, []) if not streams.are_idle]
+            if earlier:
+                _earlier[key] = earlier
+        return all(streams.settle(limit_s) for streams in (*earlier, _current[key]))
 
     def copy(self, dest: Any, source: Any, stream: Stream) -> None:
         """Queue a copy of a contiguous array to another one of as many bytes; each is CuPy's, or NumPy's and pinned."""
@@ -124,20 +164,45 @@ class CallersStream:
 _making = threading.Lock()
 
 
+# By CuPy, of which tests have several, and device.
+_current: dict[tuple[CupyModule, int], Streams] = {}
+# Those that were busy when others took their place.
+_earlier: dict[tuple[CupyModule, int], list[Streams]] = {}
+
+
 def streams_of(device: int) -> Streams:
-    """Return this process's streams on a device.
+    """Return this process's streams on a device; those of memory that ranks share may be others.
 
     Raises:
         UnavailableError: CuPy is not installed.
     """
+    cupy = load_cupy("streams")
+    # No lock for those that are there.
+    return _current.get((cupy, device)) or _make(cupy, device, lambda _: True)
+
+
+def idle_streams(device: int) -> Streams:
+    """Return streams on which nothing is queued, and which are this process's from now on: new ones, if need be.
+
+    What is queued on those so far may wait for what never comes. Who has them goes on with them: what was queued in
+    their order stays so.
+
+    Raises:
+        UnavailableError: CuPy is not installed.
+    """
+    return _make(load_cupy("streams"), device, lambda streams: streams.are_idle)
+
+
+def _make(cupy: CupyModule, device: int, is_fit: Callable[[Streams], bool]) -> Streams:
     with _making:  # two threads that come first must not get different ones
-        return _streams(load_cupy("streams"), device)
-
-
-@functools.cache
-def _streams(cupy: CupyModule, device: int) -> Streams:
-    with explained("streams"):
-        return Streams(cupy, device)
+        found = _current.get((cupy, device))
+        if found is None or not is_fit(found):
+            with explained("streams"):
+                made = Streams(cupy, device)
+            if found is not None:
+                _earlier.setdefault((cupy, device), []).append(found)
+            found = _current[cupy, device] = made
+        return found
 
 
 def is_done(event: Event) -> bool:

@@ -10,10 +10,12 @@ import importlib
 import os
 import pathlib
 import sys
+import threading
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
-__all__ = ["FOLDER", "environment", "stand_in"]
+__all__ = ["FOLDER", "environment", "held_up", "stand_in"]
 
 FOLDER = pathlib.Path(__file__).parent
 
@@ -42,6 +44,18 @@ def stand_in(**configuration: object) -> Iterator[ModuleType]:
         for name in [name for name in sys.modules if _is_cupy(name)]:
             del sys.modules[name]
         sys.modules.update(before)
+
+
+@contextlib.contextmanager
+def held_up(module: ModuleType, stream: Any) -> Iterator[None]:
+    """Let what is queued on a stream of the stand-in wait until the end of the block, as for a rank that has died."""
+    over = threading.Event()
+    machine = module._machine.machine
+    machine.enqueue(machine.queue(stream.ptr, stream.device_id), lambda: None, over.is_set)
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def environment(**values: str) -> dict[str, str]:

@@ -62,7 +62,7 @@ def test_task_that_ends_at_once_needs_no_thread(engine):
     handle = engine.start(steps(result=3))
     assert handle.done
     assert handle.wait() == 3
-    assert engine._thread is None
+    assert not engine._thread.is_started
 
 
 def test_first_step_runs_in_the_caller(engine):
@@ -229,7 +229,7 @@ def test_engine_that_waits_for_peers_leaves_the_core_to_others(spin):
 def test_closed_engine_refuses_operations_and_its_thread_ends(engine):
     never = threading.Event()
     handle = engine.start(until(never))
-    thread = engine._thread
+    thread = engine._thread._thread
     engine.close()
     assert not thread.is_alive()
     with pytest.raises(RuntimeError, match="closed"):
@@ -243,7 +243,7 @@ def test_closed_engine_refuses_operations_and_its_thread_ends(engine):
 def test_engine_that_nobody_refers_to_is_collected_and_its_thread_ends():
     engine = ProgressEngine()
     engine.start(steps(False, result=1)).wait(HANG_S)
-    thread, reference = engine._thread, weakref.ref(engine)
+    thread, reference = engine._thread._thread, weakref.ref(engine)
     del engine
     thread.join(HANG_S)
     assert not thread.is_alive()

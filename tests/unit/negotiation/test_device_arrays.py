@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -121,6 +122,67 @@ def test_a_copy_that_fails_on_one_rank_is_an_error_on_all(fake_cupy, monkeypatch
 
     monkeypatch.setattr(StagedRun, "has_arrived", property(lacking))
     run(3, body)
+
+
+@contextlib.contextmanager
+def held(fake_cupy):
+    """Let no copy arrive within the block."""
+    machine = fake_cupy._machine.machine
+    machine.hold(True)
+    try:
+        yield
+    finally:
+        machine.hold(False)
+
+
+def test_a_name_is_in_flight_while_its_array_is_copied(fake_cupy):
+    def body(negotiator):
+        ones = [fake_cupy.ones(30)]
+        with contextlib.ExitStack() as stack:
+            if negotiator.comm.rank == 1:
+                stack.enter_context(held(fake_cupy))
+                first = negotiator.start("x", "allreduce", ones, op="sum")
+                for arrays in (ones, [np.ones(30)]):
+                    with pytest.raises(ValueError, match="same name"):
+                        negotiator.start("x", "allreduce", arrays, op="sum")
+                # It is no refusal: that was an error of this rank's own.
+                negotiator.refuse("x", "allreduce", "nothing is said")
+        if negotiator.comm.rank == 0:
+            first = negotiator.start("x", "allreduce", ones, op="sum")
+        negotiator.await_name("x")
+        second = negotiator.start("x", "allreduce", ones, op="max")
+        assert first.wait(WAIT_S)[0].tolist() == [2.0] * 30
+        assert second.wait(WAIT_S)[0].tolist() == [1.0] * 30
+
+    run(2, body)
+
+
+def test_a_name_is_free_when_the_copy_could_not_begin(fake_cupy, monkeypatch):
+    def body(negotiator):
+        def interrupted(*_arguments, **_options):
+            raise KeyboardInterrupt
+
+        for owner, name in ((negotiator.comm.devices, "stage"), (negotiator.comm.engine, "start")):
+            with monkeypatch.context() as patched:
+                patched.setattr(owner, name, interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    negotiator.start("x", "allreduce", [fake_cupy.ones(30)], op="sum")
+        assert not negotiator._in_flight.holds("x")
+        (result,) = negotiator.start("x", "allreduce", [fake_cupy.ones(30)], op="sum").wait(WAIT_S)
+        assert result.tolist() == [1.0] * 30
+
+    run(1, body)
+
+
+def test_what_was_started_before_a_rank_joins_takes_part(fake_cupy):
+    def body(negotiator):
+        rank = negotiator.comm.rank
+        handle = negotiator.start("x", "allreduce", [fake_cupy.full(3000, rank + 1.0)], op="sum")
+        joined = negotiator.join(lambda step: None)
+        assert handle.wait(WAIT_S)[0].tolist() == [3.0] * 3000
+        joined.wait(WAIT_S)
+
+    run(2, body)
 
 
 def test_different_shapes_are_an_error_on_all_ranks(fake_cupy):

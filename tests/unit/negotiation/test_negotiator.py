@@ -312,7 +312,7 @@ def test_limits_hold_when_rank_0_decides_nothing(monkeypatch: pytest.MonkeyPatch
     def body(negotiator: Negotiator) -> None:
         if negotiator.comm.rank == 0:
             # As if the interpreter were held up in foreign code.
-            negotiator.comm.engine._services._references.clear()
+            negotiator.comm.engine._thread._services._listeners._references.clear()
             assert given_up.wait(HANG_S)
             error = error_of(start(negotiator, "a", [1.0]))
             assert "rank 1 has given up" in str(error)
@@ -380,7 +380,7 @@ def test_messages_that_cannot_be_taken_are_an_error_on_every_rank(failing: int) 
             def refuse() -> list[tuple[int, bytes]]:
                 raise CommError("notices: the network is gone")
 
-            negotiator._control.notices = refuse  # type: ignore[method-assign]
+            negotiator._dialogue._transport.notices = refuse  # type: ignore[method-assign]
         return str(error_of(start(negotiator, "a", [1.0])))
 
     texts = run(2, body)
@@ -392,13 +392,14 @@ def test_messages_that_cannot_be_taken_are_an_error_on_every_rank(failing: int) 
 def test_an_announcement_that_cannot_be_sent_leaves_nothing_behind() -> None:
     def body(negotiator: Negotiator) -> None:
         if negotiator.comm.rank == 1:
-            notify = negotiator._control.notify
+            control = negotiator._dialogue._transport
+            notify = control.notify
 
             def refuse(dest: int, notice: bytes) -> None:
-                negotiator._control.notify = notify  # type: ignore[method-assign]
+                control.notify = notify  # type: ignore[method-assign]
                 raise CommError("notice: the network is gone")
 
-            negotiator._control.notify = refuse  # type: ignore[method-assign]
+            control.notify = refuse  # type: ignore[method-assign]
             with pytest.raises(CommError):
                 start(negotiator, "a", [1.0])
         assert wait(start(negotiator, "a", [1.0])) == [2.0]

@@ -298,7 +298,7 @@ def test_a_step_that_is_announced_late_is_not_waited_for_when_it_has_ended(size:
             attend_until(negotiator, lambda: len(ended) == size)
             attend_until(negotiator, lambda: False, 0.6)
             assert maker.step(rank + 1.0) == sum(range(1, size))
-            assert negotiator._undecided == {}
+            assert not negotiator._in_flight.awaits_decision
         join(negotiator)
 
     run(size, body, SETTINGS.replace(stall_warning_s=0.1, stall_shutdown_s=0.3))

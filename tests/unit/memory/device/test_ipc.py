@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 
 import numpy as np
 import pytest
 
+from mpitrain.collectives.reclaim import Reclaimer
 from mpitrain.comm import run_ranks
 from mpitrain.errors import UnavailableError
 from mpitrain.memory import SharedDeviceArray, allocate_like, as_dtype, copy_of, flat_view
-from mpitrain.memory.device import allocate_mapped_device, streams_of
-from tests.support.fake_cupy import stand_in
+from mpitrain.memory.device import allocate_mapped_device, ipc, streams_of
+from tests.support.fake_cupy import held_up, stand_in
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -74,6 +76,45 @@ def test_typed_parts_are_the_same_memory_on_all_ranks(fake_cupy):
         return seen
 
     assert run_ranks(2, body) == [[[0, 0, 1.5, 1.5, 1.5, *[0] * 11]] * 2] * 2
+
+
+def test_memory_is_made_and_used_while_older_streams_are_held_up(fake_cupy):
+    before = streams_of(0)
+    with held_up(fake_cupy, before.compute), held_up(fake_cupy, before.down):
+
+        def body(transport):
+            block = allocate_mapped_device(transport.rank, 16, 1, 0, transport.gather_everywhere)
+            assert block.streams is not before
+            stream = block.streams.compute
+            with stream:
+                block.views[transport.rank].fill(transport.rank + 1)
+            block.record(0, stream)
+            transport.gather_everywhere(None)
+            block.wait(0, stream)
+            return [view.get(stream=stream).tolist() for view in block.views]
+
+        assert run_ranks(2, body) == [[[1] * 16, [2] * 16]] * 2
+
+
+def test_memory_that_is_still_waited_for_is_kept_on_all_ranks(fake_cupy, monkeypatch, caplog):
+    monkeypatch.setattr(ipc, "_PATIENCE_S", 0.1)
+
+    def body(transport):
+        block = allocate_mapped_device(transport.rank, 16, 1, 0, transport.gather_everywhere)
+        transport.gather_everywhere(None)  # ranks that are threads may have streams in common
+        with contextlib.ExitStack() as stack:
+            if transport.rank == 1:
+                stack.enter_context(held_up(fake_cupy, block.streams.compute))
+            transport.gather_everywhere(None)
+            # In a process of its own, rank 0 would have streams of its own.
+            closed = block.holdings.close() if transport.rank == 1 else block.holdings._let_go
+            reclaimer = Reclaimer(transport)
+            reclaimer.free_together([lambda: closed, lambda: None])
+            transport.gather_everywhere(None)
+        return closed is False, hasattr(block.holdings.own, "memory")
+
+    assert run_ranks(2, body) == [(False, True), (True, True)]
+    assert "cuda:0 stay allocated, as the device waits for a rank that has failed" in caplog.text
 
 
 def test_what_one_rank_lacks_is_raised_on_all():

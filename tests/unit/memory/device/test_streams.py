@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from mpitrain.memory.device import CallersStream, hand_over, is_done, produced, streams, streams_of
-from tests.support.fake_cupy import stand_in
+from mpitrain.memory.device.streams import idle_streams
+from tests.support.fake_cupy import held_up, stand_in
 
 
 def copy_down(cupy, array, host, stream):
@@ -32,6 +34,31 @@ def test_streams_are_made_once_for_each_device():
             stream.ptr for each in (streams_of(0), streams_of(1)) for stream in (each.down, each.up, each.compute)
         }
         assert len(pointers) == 6
+
+
+def test_streams_that_are_held_up_are_left_to_those_who_have_them(fake_cupy):
+    before = streams_of(0)
+    assert idle_streams(0) is before
+    with held_up(fake_cupy, before.up):
+        assert not before.are_idle
+        assert streams_of(0) is before
+        made = idle_streams(0)
+        assert made is not before
+        assert made.are_idle
+        assert streams_of(0) is made
+        # Who asks before anything is queued gets no others.
+        assert idle_streams(0) is made
+        assert not before.settle(0.05)
+        began_s = time.monotonic()
+        assert not before.settle(60.0)
+        # Nor for the device, for which those that came since are not all.
+        assert not made.settle_device(60.0)
+        assert time.monotonic() - began_s < 10.0
+    fake_cupy.cuda.Stream.null.synchronize()
+    before.up.synchronize()
+    assert before.settle(0.0)
+    assert made.settle_device(0.0)
+    assert streams_of(0) is made
 
 
 def test_our_work_follows_what_the_caller_has_queued(fake_cupy):

@@ -1,0 +1,185 @@
+"""The named operations of one rank that are not done: which names they hold, and which of them wait for a decision.
+
+Shared by the threads that start operations and the one that carries out what is decided.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
+
+from mpitrain.negotiation.announcement import Announcement, Decision
+from mpitrain.negotiation.execution import Entry
+from mpitrain.negotiation.failures import error_of_name
+from mpitrain.negotiation.joining import JOIN
+from mpitrain.negotiation.refusals import Refusals
+from mpitrain.negotiation.stalls import Waiting
+from mpitrain.observe import Recorder
+
+__all__ = ["InFlight", "Reservation", "StandIn"]
+
+StandIn: TypeAlias = Callable[[Callable[[], None]], None]
+"""Called, by whichever thread, with what a rank that has joined has to call, soon and in order, for steps of others."""
+
+
+class Reservation:
+    """Holds the name of an operation that is not announced yet, as what it brings is still on its way.
+
+    Args:
+        name: Of the operation.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+class InFlight:
+    """Entries by name.
+
+    Args:
+        announce: Tells rank 0 of one, as soon as its name is free.
+    """
+
+    def __init__(self, announce: Callable[[Announcement], None]) -> None:
+        self._announce = announce
+        # Guards all of the next lines.
+        self._lock = threading.Lock()
+        # Who holds them: an entry, or a reservation.
+        self._names: dict[str, Entry | Reservation] = {}
+        self._undecided: dict[str, Entry] = {}
+        self._refusals = Refusals()
+        self._closing: Decision | None = None
+        # For as long as this rank has joined.
+        self._stand_in: StandIn | None = None
+
+    @property
+    def closing(self) -> Decision | None:
+        """Why nothing will be decided any more; None as long as that may be."""
+        return self._closing
+
+    @property
+    def awaits_decision(self) -> bool:
+        """Whether anything is to be decided, or announced when something is."""
+        with self._lock:
+            return bool(self._undecided) or self._refusals.keep_waiting
+
+    def holds(self, name: str) -> bool:
+        """Whether an operation of this name is in flight."""
+        return name in self._names
+
+    def waiting(self) -> Waiting:
+        """Return what waits for a decision, and since when."""
+        with self._lock:
+            undecided = [(name, entry.since_s) for name, entry in self._undecided.items() if name != JOIN]
+            return Waiting(undecided, [(each.announcement.name, each.since_s) for each in self._refusals.waiting()])
+
+    @property
+    def has_reservations(self) -> bool:
+        """Whether an operation is still to be announced."""
+        with self._lock:
+            return any(isinstance(holder, Reservation) for holder in self._names.values())
+
+    def reserve(self, name: str) -> Reservation:
+        """Hold a name for an operation that `enter` takes on later, or `release` gives up.
+
+        Raises:
+            ValueError: It is in flight, or this rank has joined.
+        """
+        reservation = Reservation(name)
+        with self._lock:
+            self._check_free(name, None)
+            self._names[name] = reservation
+        return reservation
+
+    def release(self, reservation: Reservation) -> None:
+        """Give a name up, if it is still held by the reservation."""
+        with self._lock:
+            self._free(reservation.name, reservation)
+
+    def enter(self, entry: Entry, recorder: Recorder | None, reservation: Reservation | None = None) -> Decision | None:
+        """Take an operation on, and announce it; if none can be any more, return why.
+
+        Args:
+            entry: The operation.
+            recorder: Of what becomes of it.
+            reservation: Of its name, if there is one.
+
+        Raises:
+            ValueError: Its name is in flight, or this rank has joined.
+            CommError: It cannot be announced.
+        """
+        name = entry.announcement.name
+        with self._lock:
+            if self._closing is not None:
+                self._free(name, reservation)
+                return self._closing
+            if entry.announcement.collective != JOIN:
+                self._check_free(name, reservation)
+            entry.observe(recorder)
+            if not self._refusals.put_behind(entry):
+                self._submit(entry)
+            if not entry.announcement.problem:
+                self._names[name] = entry
+        return None
+
+    def _check_free(self, name: str, reservation: Reservation | None) -> None:
+        if self._stand_in is not None:
+            raise ValueError(f"{name}: cannot be started on a rank that has joined; wait until join has returned")
+        if self._names.get(name) is not reservation:
+            raise error_of_name(name)
+
+    def _free(self, name: str, holder: Entry | Reservation | None) -> None:
+        if holder is not None and self._names.get(name) is holder:
+            del self._names[name]
+
+    def _submit(self, entry: Entry) -> None:
+        self._announce(entry.announcement)
+        if entry.announcement.problem:
+            self._refusals.put(entry)
+        else:
+            self._undecided[entry.announcement.name] = entry
+
+    def take(self, names: Iterable[str]) -> tuple[list[Entry], StandIn | None]:
+        """Return the operations of a decision that this rank has started, and who stands in if it has joined.
+
+        They wait for no decision any more. What was refused is not among them.
+        """
+        with self._lock:
+            return [entry for name in names if (entry := self._take(name))], self._stand_in
+
+    def _take(self, name: str) -> Entry | None:
+        was_refused, following = self._refusals.decided(name)
+        if following is not None:
+            self._submit(following)
+        return None if was_refused else self._undecided.pop(name, None)
+
+    def take_back(self, name: str) -> Entry | None:
+        """Return an operation if it is not decided yet; it waits for no decision any more."""
+        with self._lock:
+            return self._undecided.pop(name, None)
+
+    def join(self, stand_in: StandIn) -> None:
+        """Note that this rank has joined: it starts nothing, and has somebody stand in."""
+        with self._lock:
+            self._stand_in = stand_in
+
+    def end_join(self) -> None:
+        """Note that all ranks have joined."""
+        with self._lock:
+            self._stand_in = None
+
+    def forget(self, entries: Sequence[Entry]) -> None:
+        """Free the names of what is done, or will never be."""
+        with self._lock:
+            for entry in entries:
+                self._free(entry.announcement.name, entry)
+
+    def close(self, closing: Decision) -> tuple[bool, list[Entry]]:
+        """Let nothing be decided any more; whether that is new, and what was waiting."""
+        with self._lock:
+            is_first = self._closing is None
+            self._closing = self._closing or closing
+            entries = [*self._undecided.values(), *self._refusals.clear()]
+            self._undecided.clear()
+        return is_first, entries
