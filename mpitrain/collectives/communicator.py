@@ -19,7 +19,7 @@ from mpitrain.collectives.on_device import DeviceArrays
 from mpitrain.collectives.persistent import PersistentPlan
 from mpitrain.collectives.plan import Plan
 from mpitrain.collectives.progress import Handle, ProgressEngine
-from mpitrain.collectives.quick import QuickCalls
+from mpitrain.collectives.quick_calls import QuickCalls
 from mpitrain.collectives.reclaim import Free
 from mpitrain.collectives.runner import Runner
 from mpitrain.collectives.selection import known_algorithms
@@ -147,15 +147,15 @@ class Communicator(ObjectCollectives, Allocation):
         waited_for = self._runner.checked(operations.plan_allreduce, array, **options)
         in_background = self._runner.checked(operations.plan_allreduce, array, **options, blocking=False)
         view = flat_view(array, writable=True)
-        quick = None if waited_for.small is None else self._runner.quick(waited_for, waited_for.small, (-1,))
+        quick = None if waited_for.quick is None else waited_for.quick(self._runner, (-1,))
         return PersistentPlan(self, view, waited_for, in_background, quick)
 
     def _run(self, make_plan: Callable[..., Plan[Result]], *arguments: Any, **options: Any) -> Result:
         plan = self._runner.make(make_plan, arguments, options, blocking=True)
         result = self._runner.run(plan, check=self.settings.check)
-        if plan.small is not None:
+        if plan.quick is not None:
             array = arguments[0]
-            quick = self._runner.quick(plan, plan.small, array.shape if type(array) is np.ndarray else (-1,))
+            quick = plan.quick(self._runner, array.shape if type(array) is np.ndarray else (-1,))
             in_place = options.get("in_place", False)
             self._quick.remember(array, options["op"], options["algorithm"], quick, in_place=in_place)
         return result

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpitrain.collectives.plan import Plan
 from mpitrain.collectives.progress import Handle
-from mpitrain.collectives.quick import QuickAllreduce
+from mpitrain.collectives.quick import Quick
 from mpitrain.memory import FlatArray
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class PersistentPlan:
         view: FlatArray,
         waited_for: Plan[Any],
         in_background: Plan[Any],
-        quick: QuickAllreduce | None,
+        quick: Quick | None,
     ) -> None:
         self._comm = comm
         self._view = view

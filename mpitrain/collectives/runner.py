@@ -14,8 +14,6 @@ from mpitrain.collectives.on_device import DeviceArrays
 from mpitrain.collectives.peers import PeerWatch
 from mpitrain.collectives.plan import Call, Plan, empty_plan, is_empty
 from mpitrain.collectives.progress import Handle, ProgressEngine
-from mpitrain.collectives.quick import QuickAllreduce
-from mpitrain.collectives.small import SmallAllreduce
 from mpitrain.errors import CollectiveMismatchError
 from mpitrain.memory import is_on_device
 
@@ -161,23 +159,15 @@ class Runner:
 
     # What calls without a plan need, see the module of that name
 
-    def quick(self, plan: Plan[Any], small: SmallAllreduce, shape: tuple[int, ...]) -> QuickAllreduce:
-        """Return how to run what a plan runs at the meeting of the node's ranks, but for its arrays."""
-        return QuickAllreduce(self._context, self, small, shape, plan.description)
-
     def call_of(self, index: int) -> Call:
         """Return the blocking call of a number, with the tag of its messages."""
         return Call(index % min(self._context.transport.max_tag, _MOST_TAGS), blocking=True, number=index)
-
-    def give_up(self, reason: str, index: int) -> None:
-        """Let all ranks know that a call has failed here."""
-        self.watch.give_up(reason, index)
 
     def drive(self, task: Task[Any], description: str, index: int) -> Any:
         """Run a task of a call to its end; it raises when it cannot end."""
         self.calls.note_waiting(index)
         if self.watch.leaving:  # another thread has left before it could see this call wait
-            self.give_up(self.watch.leaving, index)
+            self.watch.give_up(self.watch.leaving, index)
         try:
             return self.engine.drive(self.watch.guard(task, description, index))
         finally:

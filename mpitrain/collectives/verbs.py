@@ -11,7 +11,7 @@ import numpy as np
 from mpitrain.collectives import operations
 from mpitrain.collectives.plan import Plan
 from mpitrain.collectives.progress import Handle
-from mpitrain.collectives.quick import QuickCalls
+from mpitrain.collectives.quick_calls import QuickCalls
 from mpitrain.memory import ReduceOp, copy_of, flat_view
 
 __all__ = ["Collectives"]

@@ -151,8 +151,8 @@ def test_a_name_is_in_flight_while_its_array_is_copied(fake_cupy):
             first = negotiator.start("x", "allreduce", ones, op="sum")
         negotiator.await_name("x")
         second = negotiator.start("x", "allreduce", ones, op="max")
-        assert first.wait(WAIT_S)[0].tolist() == [2.0] * 30
-        assert second.wait(WAIT_S)[0].tolist() == [1.0] * 30
+        assert first.wait(HANG_S)[0].tolist() == [2.0] * 30
+        assert second.wait(HANG_S)[0].tolist() == [1.0] * 30
 
     run(2, body)
 
@@ -168,7 +168,7 @@ def test_a_name_is_free_when_the_copy_could_not_begin(fake_cupy, monkeypatch):
                 with pytest.raises(KeyboardInterrupt):
                     negotiator.start("x", "allreduce", [fake_cupy.ones(30)], op="sum")
         assert not negotiator._in_flight.holds("x")
-        (result,) = negotiator.start("x", "allreduce", [fake_cupy.ones(30)], op="sum").wait(WAIT_S)
+        (result,) = negotiator.start("x", "allreduce", [fake_cupy.ones(30)], op="sum").wait(HANG_S)
         assert result.tolist() == [1.0] * 30
 
     run(1, body)
@@ -179,8 +179,8 @@ def test_what_was_started_before_a_rank_joins_takes_part(fake_cupy):
         rank = negotiator.comm.rank
         handle = negotiator.start("x", "allreduce", [fake_cupy.full(3000, rank + 1.0)], op="sum")
         joined = negotiator.join(lambda step: None)
-        assert handle.wait(WAIT_S)[0].tolist() == [3.0] * 3000
-        joined.wait(WAIT_S)
+        assert handle.wait(HANG_S)[0].tolist() == [3.0] * 3000
+        joined.wait(HANG_S)
 
     run(2, body)
 
