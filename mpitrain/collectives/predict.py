@@ -58,14 +58,18 @@ _NATIVE_CROSS_LEVEL_S = 20e-6
 _BYTES_PER_S = 8e9
 _REDUCED_BYTES_PER_S = 10e9
 _CROSS_BYTES_PER_S = 1.25e9
-# Per byte of the array: in shared memory all is read and written once. Else it is also copied there and back.
+# Per byte of the array: in shared memory all is read and written once. Else it is also copied there and back, in pieces
+# that stay in the caches.
 _WINDOW_BYTES_PER_S = 16e9
 _STAGED_BYTES_PER_S = 14e9
 _COPIED_BYTES_PER_S = 9e9
-# How many times longer than the best schedule's a byte takes in an MPI library: in a node beyond its caches, between
-# nodes, where it was 1.1 to 2.1, and without a caller who waits, where it was 1.9 to 3.4 from 256 KiB.
-_NATIVE_LARGE_NBYTES = 8 << 20
+_PASSED_BYTES_PER_S = 11e9
+# How many times longer than the best schedule's a byte takes in an MPI library: in a node; there where its temporary
+# buffers are fresh pages in each call, as the C library returns those of 32 MiB and more to the system; between nodes,
+# where it was 1.1 to 2.1; and without a caller who waits, where it was 1.9 to 3.4 from 256 KiB.
+_NATIVE_LARGE_NBYTES = 28 << 20
 _NATIVE_LARGE_FACTOR = 2.0
+_NATIVE_FACTOR = 0.85
 _NATIVE_CROSS_FACTOR = 1.4
 _NATIVE_BACKGROUND_FACTOR = 2.5
 # How many times longer between nodes where peers change from round to round, as links are idle in between. Where they
@@ -152,7 +156,7 @@ def _native_s(collective: str, nbytes: int, shape: Shape, *, blocking: bool) -> 
     elif shape.num_nodes > 1:
         weighted = nbytes * _NATIVE_CROSS_FACTOR
     else:
-        weighted = nbytes + (_NATIVE_LARGE_FACTOR - 1) * max(0, nbytes - _NATIVE_LARGE_NBYTES)
+        weighted = nbytes * (_NATIVE_LARGE_FACTOR if nbytes >= _NATIVE_LARGE_NBYTES else _NATIVE_FACTOR)
     return _NATIVE_CALL_S + levels_s + weighted * byte_s
 
 
@@ -161,7 +165,7 @@ def _shared_memory_s(nbytes: int, shape: Shape, *, in_window: bool) -> float:
     call_s, byte_s = _WINDOW_CALL_S, 1 / _WINDOW_BYTES_PER_S
     if not in_window:
         copied = 2 * (shape.largest - 1) / shape.largest
-        call_s, byte_s = _STAGED_CALL_S, 1 / _STAGED_BYTES_PER_S + copied / _COPIED_BYTES_PER_S
+        call_s, byte_s = _STAGED_CALL_S, 1 / _STAGED_BYTES_PER_S + copied / _PASSED_BYTES_PER_S
         call_s += (shape.largest - 1) * nbytes / _STAGED_PIECE_NBYTES * _STAGED_PIECE_S
     if shape.num_nodes == 1:
         return call_s + nbytes * byte_s
