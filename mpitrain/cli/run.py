@@ -131,7 +131,9 @@ def run(
     if outcome.lost:
         ranks = ", ".join(map(str, outcome.lost))
         click.echo(
-            f"mpitrain: lost ranks {ranks}; nothing says how they ended, see whether their hosts are up", err=True
+            f"mpitrain: lost ranks {ranks}: nothing says how they ended; see what the launcher says, and whether their "
+            "hosts are up",
+            err=True,
         )
     return outcome.status
 

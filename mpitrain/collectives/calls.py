@@ -13,18 +13,21 @@ class Calls:
     Attributes:
         lock: Held by whoever begins a call, also while taking what calls use in their order.
         number: Of the next call, counted from 0.
+        nbytes: Of the arrays that this rank has brought to them.
         in_flight: Numbers of those that have begun and not ended.
     """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.number = 0
+        self.nbytes = 0
         self.in_flight: set[int] = set()
 
-    def begin(self) -> int:
+    def begin(self, nbytes: int) -> int:
         """Return the number of a call that begins; for the holder of the lock."""
         index = self.number
         self.number = index + 1
+        self.nbytes += nbytes
         self.in_flight.add(index)
         return index
 

@@ -19,16 +19,16 @@ from mpitrain.collectives.executor import Task
 from mpitrain.errors import CollectiveMismatchError
 from mpitrain.memory import SharedBlock
 
-__all__ = ["Meeting", "meeting_nbytes"]
+__all__ = ["DIGEST", "LINE", "Meeting", "meeting_nbytes"]
 
 _NUM_SLOTS = 2
 # Every flag has a cache line of its own: number and digest of one meeting, the number of one that has ended; then the
 # number before which there is none that this rank has not come to yet.
 _LINE_NBYTES = 64
-_LINE = _LINE_NBYTES // 8
-_DIGEST = 1
-_ENDED = _NUM_SLOTS * _LINE
-_PASSED = 2 * _NUM_SLOTS * _LINE
+LINE = _LINE_NBYTES // 8
+DIGEST = 1
+_ENDED = _NUM_SLOTS * LINE
+_PASSED = 2 * _NUM_SLOTS * LINE
 _FLAGS_NBYTES = 4096
 # Between two looks whether a rank that is waited for will not come.
 _POLLS = 16
@@ -55,16 +55,16 @@ class Meeting:
     def __init__(self, block: SharedBlock, rank: int, offset_nbytes: int, slot_nbytes: int) -> None:
         self.rank = rank
         self.slot_nbytes = slot_nbytes
-        self.slot = 0
         self._block = block
-        self._fence = block.fence
+        self.fence = block.fence
+        self.needs_fence = block.needs_fence
         self._data_offset = offset_nbytes + _FLAGS_NBYTES
         flags = [view[offset_nbytes : offset_nbytes + _FLAGS_NBYTES].data.cast("q") for view in block.views]
-        self._own = flags[rank]
-        self._others = [each for index, each in enumerate(flags) if index != rank]
+        self.own = flags[rank]
+        self.others = [each for index, each in enumerate(flags) if index != rank]
         self._ranks_of_others = [index for index in range(len(flags)) if index != rank]
         # Meetings are numbered in ascending order, with gaps: see `pass_by`.
-        self._number = 0
+        self.number = 0
 
     def parts(self, storage: np.dtype[Any], count: int) -> list[list[NDArray[Any]]]:
         """Return, for each slot, the memory of all ranks, by rank, as `count` elements."""
@@ -72,53 +72,30 @@ class Meeting:
         return [self._block.typed(storage, offset, count) for offset in offsets]
 
     @property
+    def slot(self) -> int:
+        """Slot of the meeting to which this rank has come last."""
+        return self.number % _NUM_SLOTS
+
+    @property
     def next_slot(self) -> int:
         """Slot of the next meeting, which this rank may already write to."""
-        return (self._number + 1) % _NUM_SLOTS
+        return (self.number + 1) % _NUM_SLOTS
 
     def arrive(self, digest: int) -> None:
         """Come to the next meeting; `slot` is its slot from now on."""
-        self._number = number = self._number + 1
-        self.slot = slot = number % _NUM_SLOTS
-        self._own[slot * _LINE + _DIGEST] = digest
-        self._fence()
-        self._own[slot * _LINE] = number
-
-    def come(self, digest: int, slots: list[NDArray[Any]], data: NDArray[Any], polls: int) -> bool:
-        """Bring all of `data`, and look whether all come soon and agree: the other methods, at the price of one call.
-
-        Args:
-            digest: See `arrive`.
-            slots: Where `data` goes, for each slot.
-            data: What this rank brings.
-            polls: How often to look.
-
-        Returns:
-            Whether it is known that they do. Else `is_complete` and `agrees` tell.
-        """
-        self._number = number = self._number + 1
-        self.slot = slot = number % _NUM_SLOTS
-        slots[slot][...] = data
-        index = slot * _LINE
-        own = self._own
-        own[index + _DIGEST] = digest
-        self._fence()
-        own[index] = number
-        for flags in self._others:
-            while flags[index] != number:
-                polls -= 1
-                if polls < 0:
-                    return False
-        self._fence()
-        return all(flags[index + _DIGEST] == digest for flags in self._others)
+        self.number = number = self.number + 1
+        slot = number % _NUM_SLOTS
+        self.own[slot * LINE + DIGEST] = digest
+        self.fence()
+        self.own[slot * LINE] = number
 
     def is_complete(self) -> bool:
         """Whether all have come; what they wrote before is then seen here."""
-        index, number = self.slot * _LINE, self._number
-        for flags in self._others:
+        index, number = self.slot * LINE, self.number
+        for flags in self.others:
             if flags[index] != number:
                 return False
-        self._fence()
+        self.fence()
         return True
 
     def wait(self) -> Task[None]:
@@ -135,11 +112,11 @@ class Meeting:
             yield False
 
     def _refuse_to_wait_in_vain(self) -> None:
-        index, number = self.slot * _LINE, self._number
-        for rank, flags in zip(self._ranks_of_others, self._others, strict=True):
+        index, number = self.slot * LINE, self.number
+        for rank, flags in zip(self._ranks_of_others, self.others, strict=True):
             if flags[_PASSED] > number:
                 # In this order: who has come before passing another one by is seen to have come.
-                self._fence()
+                self.fence()
                 if flags[index] != number:
                     raise CollectiveMismatchError(
                         f"collective: rank {rank} has called an asynchronous form where this rank waits in a blocking "
@@ -149,27 +126,27 @@ class Meeting:
     def pass_by(self) -> None:
         """Note an operation without a meeting; every rank must, in its place among all."""
         # By an even number, so that the slots go on to take turns.
-        self._number = number = self._number + _NUM_SLOTS
+        self.number = number = self.number + _NUM_SLOTS
         # Whoever sees that sees where this rank has come before.
-        self._fence()
-        self._own[_PASSED] = number
+        self.fence()
+        self.own[_PASSED] = number
 
     def agrees(self) -> bool:
         """Whether all brought the digest that this rank brought; for a meeting that is complete."""
-        index = self.slot * _LINE + _DIGEST
-        digest = self._own[index]
-        return all(flags[index] == digest for flags in self._others)
+        index = self.slot * LINE + DIGEST
+        digest = self.own[index]
+        return all(flags[index] == digest for flags in self.others)
 
     def end(self) -> None:
         """Say that this rank has written its part of the results."""
-        self._fence()
-        self._own[self.slot * _LINE + _ENDED] = self._number
+        self.fence()
+        self.own[self.slot * LINE + _ENDED] = self.number
 
     def has_ended(self) -> bool:
         """Whether all have said so."""
-        index, number = self.slot * _LINE + _ENDED, self._number
-        for flags in self._others:
+        index, number = self.slot * LINE + _ENDED, self.number
+        for flags in self.others:
             if flags[index] < number:
                 return False
-        self._fence()
+        self.fence()
         return True

@@ -7,6 +7,7 @@ import logging
 import threading
 from pathlib import Path
 
+from mpitrain.collectives.calls import Calls
 from mpitrain.collectives.peers import PeerWatch
 from mpitrain.collectives.progress import ProgressEngine
 from mpitrain.collectives.stall_reports import StallReports
@@ -30,9 +31,9 @@ class Observer:
         settings: Of the communicator.
         engine: Its operations are recorded.
         watch: Carries the news.
+        calls: Of the communicator.
 
     Attributes:
-        traffic: Counts the communicator's operations.
         timeline: Of all that the engine's process does, on all communicators.
     """
 
@@ -42,8 +43,10 @@ class Observer:
         settings: Settings,
         engine: ProgressEngine,
         watch: PeerWatch,
+        calls: Calls,
     ) -> None:
         self._watch = watch
+        self._calls = calls
         size = sum(len(ranks) for ranks in topology.nodes)
         self.timeline = Timeline(
             topology.rank,
@@ -57,7 +60,7 @@ class Observer:
         )
         watch.subscribe(_TIMELINE, self.timeline.receive)
         self._caller = threading.get_ident()
-        self.traffic = engine.count_traffic()
+        engine.count(calls)
         self._stalls = StallReports(topology.rank, size, functools.partial(watch.send, _STALL), self._whereabouts)
         watch.subscribe(_STALL, self._stalls.receive)
         watch.on_stall = self._stalls.note
@@ -71,7 +74,7 @@ class Observer:
         return self.timeline.is_alert
 
     def _whereabouts(self) -> Whereabouts:
-        return Whereabouts(self.traffic.operations, self._watch.latest, stack_of_thread(self._caller))
+        return Whereabouts(self._calls.number, self._watch.latest, stack_of_thread(self._caller))
 
     def start_timeline_of_job(self, path: str) -> None:
         """Record the whole life of a communicator, if the settings name a file; it is written at the end."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpitrain.collectives.plan import Plan
 from mpitrain.collectives.progress import Handle
+from mpitrain.collectives.quick import Quick
 from mpitrain.memory import FlatArray
 
 if TYPE_CHECKING:
@@ -17,12 +18,19 @@ __all__ = ["PersistentPlan"]
 class PersistentPlan:
     """A collective on one array, prepared for many runs; every rank runs it in its turn among all calls."""
 
-    def __init__(self, comm: Communicator, view: FlatArray, waited_for: Plan[Any], in_background: Plan[Any]) -> None:
+    def __init__(
+        self,
+        comm: Communicator,
+        view: FlatArray,
+        waited_for: Plan[Any],
+        in_background: Plan[Any],
+        quick: Quick | None,
+    ) -> None:
         self._comm = comm
         self._view = view
         self._waited_for = waited_for
         self._in_background = in_background
-        self._quick = comm.quick(waited_for, waited_for.small) if waited_for.small is not None else None
+        self._quick = quick
         self.description = waited_for.description
 
     def run(self) -> Any:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from mpitrain.collectives.executor import Task
 from mpitrain.collectives.gate import Gates
-from mpitrain.collectives.small import SmallAllreduce
 from mpitrain.observe import OperationTrace
+
+if TYPE_CHECKING:
+    from mpitrain.collectives.quick import Caller, Quick
 
 __all__ = ["STRAIGHT", "THROUGH_DEVICES", "Call", "Plan", "empty_plan", "is_empty"]
 
@@ -56,7 +58,8 @@ class Plan(Generic[Result]):
         nbytes: Bytes of what this rank brings.
         bring: Writes what this rank brings to the meeting of the node's ranks; the task begins when all have come. For
             blocking calls where there is a meeting.
-        small: What does the work of an all-reduce at the meeting.
+        quick: `quick(caller, shape)` makes what repeats a blocking call without a plan, for arrays of a shape;
+            None if it has to be planned each time.
         is_gated: Whether the task heeds the call's gates; else what it works on must have arrived.
         enter: Called in the caller's thread when a run is called for; notes what the caller's stream has queued.
         leave: Called in the caller's thread when it has waited for a run: what its stream queues then comes after it.
@@ -72,7 +75,7 @@ class Plan(Generic[Result]):
     uses_flags: bool = False
     nbytes: int = 0
     bring: Callable[[], None] | None = None
-    small: SmallAllreduce | None = None
+    quick: Callable[[Caller, tuple[int, ...]], Quick] | None = None
     is_gated: bool = False
     enter: Callable[[], None] | None = None
     leave: Callable[[], None] | None = None

@@ -13,12 +13,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
+from mpitrain.collectives.calls import Calls
 from mpitrain.collectives.executor import Task
 from mpitrain.collectives.progress_thread import ProgressThread
 from mpitrain.comm import Backoff, Topology
 from mpitrain.config import Settings
 from mpitrain.errors import CommTimeoutError
-from mpitrain.observe import CommunicationClock, CommunicationCounters, Recorder, Traffic
+from mpitrain.observe import CommunicationClock, CommunicationCounters, Recorder
 
 __all__ = ["Handle", "ProgressEngine", "drive"]
 
@@ -134,7 +135,7 @@ class ProgressEngine:
         # Guards what tells the thread whether there is work, and the clock.
         self._changed = self._thread.changed
         self._clock = CommunicationClock()
-        self._traffic: list[Traffic] = []
+        self._calls: list[Calls] = []
         self._active: list[_Running] = []
         self._driving = threading.Lock()
         self._waiters = 0
@@ -189,20 +190,18 @@ class ProgressEngine:
             with self._changed:
                 self._clock.note(callers=-1)
 
-    def count_traffic(self) -> Traffic:
-        """Return what counts the operations of one more communicator."""
-        traffic = Traffic()
+    def count(self, calls: Calls) -> None:
+        """Have the calls of one more communicator in the counters."""
         with self._changed:
-            self._traffic.append(traffic)
-        return traffic
+            self._calls.append(calls)
 
     @property
     def counters(self) -> CommunicationCounters:
         """What this process has communicated so far, on all communicators of this engine."""
         with self._changed:
             self._clock.note()
-            operations = sum(traffic.operations for traffic in self._traffic)
-            nbytes = sum(traffic.nbytes for traffic in self._traffic)
+            operations = sum(calls.number for calls in self._calls)
+            nbytes = sum(calls.nbytes for calls in self._calls)
             return CommunicationCounters(operations, nbytes, self._clock.exposed_s, self._clock.hidden_s)
 
     def promise(self, description: str = "") -> Handle[Any]:

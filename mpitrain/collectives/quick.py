@@ -6,6 +6,7 @@ less ado; a rank may go either way without the others noticing.
 
 from __future__ import annotations
 
+import abc
 import time
 from typing import Any, Protocol
 
@@ -13,20 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpitrain.collectives.agreement import FALL_BACK, digest_of, explain
+from mpitrain.collectives.calls import Calls
 from mpitrain.collectives.context import Context
 from mpitrain.collectives.executor import Task
-from mpitrain.collectives.peers import text_of
+from mpitrain.collectives.peers import PeerWatch, text_of
 from mpitrain.collectives.plan import Call
 from mpitrain.collectives.progress import ProgressEngine
-from mpitrain.collectives.small import SmallAllreduce
 from mpitrain.errors import CollectiveMismatchError
-from mpitrain.memory import SharedArray
-from mpitrain.memory.loaded import loaded_torch
 
-__all__ = ["Caller", "QuickAllreduce", "QuickCalls"]
+__all__ = ["Caller", "Quick"]
 
-# Signatures that are remembered; beyond, all are forgotten.
-_MOST_SIGNATURES = 512
 # Polls before a waiting rank goes the way that looks after failed peers and gives the core away.
 _POLLS = 100
 
@@ -35,12 +32,8 @@ class Caller(Protocol):
     """What makes calls on a communicator."""
 
     engine: ProgressEngine
-
-    def take_number(self, nbytes: int) -> int:
-        """Return the number of the next call, which begins now."""
-
-    def give_up(self, reason: str, index: int) -> None:
-        """Give the communicator up."""
+    calls: Calls
+    watch: PeerWatch
 
     def drive(self, task: Task[Any], description: str, index: int) -> Any:
         """Run a task of a call to its end."""
@@ -49,116 +42,96 @@ class Caller(Protocol):
         """Return the blocking call of a number."""
 
 
-class QuickAllreduce:
-    """All-reduces of one signature.
+class Quick(abc.ABC):
+    """All-reduces of one signature, between ranks of one node.
 
     Args:
         context: Of the communicator.
-        caller: The communicator.
-        small: Does the work.
+        caller: Makes its calls.
+        nbytes: Of an array.
         description: As in the plan.
-        spin: Whether a waiting rank may poll.
     """
 
-    def __init__(
-        self, context: Context, caller: Caller, small: SmallAllreduce, description: str, *, spin: bool
-    ) -> None:
+    def __init__(self, context: Context, caller: Caller, nbytes: int, description: str) -> None:
         assert context.meeting is not None
         self._context = context
         self._caller = caller
-        self._small = small
         self._meeting = context.meeting
+        self._nbytes = nbytes
         self._description = description
         self._digest = digest_of(description)
-        self._polls = _POLLS if spin else 1
+        self._polls = _POLLS if caller.engine.spin_waiting else 1
 
-    def run(self, data: NDArray[Any], result: NDArray[Any]) -> None:
-        """Reduce flat `data` into flat `result`, which may be the same.
+    def run(self, data: NDArray[Any], result: NDArray[Any] | None = None) -> NDArray[Any]:
+        """Reduce contiguous `data` into `result`, which may be the same, or a new array if left out; return it.
 
         Raises:
             CollectiveMismatchError, CommError: As every collective.
         """
-        small, meeting = self._small, self._meeting
-        recorder = self._caller.engine.recorder
-        began_ns = 0 if recorder is None else time.monotonic_ns()
-        index = self._caller.take_number(data.nbytes)
+        began_ns = 0 if self._caller.engine.recorder is None else time.monotonic_ns()
+        index = self._begin()
         try:
-            if small.is_whole:
-                while not meeting.come(self._digest, small.own, data, self._polls):
-                    if self._wait(index):
-                        break
-                small.take_whole(result)
-            else:
-                while True:
-                    small.bring(data)
-                    meeting.arrive(self._digest)
-                    if self._wait(index):
-                        break
-                self._caller.drive(small.take(data, result), self._description, index)
-        except CollectiveMismatchError:
-            raise  # all ranks know
+            total = np.empty_like(data) if result is None else result
+            flat = data.reshape(-1)
+            self._reduce(flat, flat if total is data else total.reshape(-1), index)
         except BaseException as error:
-            self._caller.give_up(f"{self._description}: {text_of(error)}", index)
+            self._fail(error, index)
             raise
-        if recorder is not None:
+        if began_ns:
+            self._record(began_ns)
+        return total
+
+    @abc.abstractmethod
+    def _reduce(self, data: NDArray[Any], total: NDArray[Any], index: int) -> None:
+        """Reduce flat arrays, after a meeting; they may be one and the same object."""
+
+    @abc.abstractmethod
+    def _come(self, data: NDArray[Any], /) -> None:
+        """Come to the next meeting, with whatever this rank brings to it."""
+
+    def _begin(self) -> int:
+        """Return the number of the call that begins.
+
+        No lock: what another thread calls meanwhile has no order among the calls that other ranks could share.
+        """
+        calls = self._caller.calls
+        index = calls.number
+        self._caller.watch.check(index)
+        calls.number = index + 1
+        calls.nbytes += self._nbytes
+        return index
+
+    def _fail(self, error: BaseException, index: int) -> None:
+        if not isinstance(error, CollectiveMismatchError):  # of that all ranks know
+            self._caller.watch.give_up(f"{self._description}: {text_of(error)}", index)
+
+    def _record(self, began_ns: int) -> None:
+        if (recorder := self._caller.engine.recorder) is not None:
             recorder.add("allreduce", began_ns, time.monotonic_ns(), self._description)
 
-    def _wait(self, index: int) -> bool:
-        """Wait until all have come; whether they mean the same, and not only other memory.
+    def _meet(self, data: NDArray[Any], index: int) -> None:
+        """Come to the next meeting, and wait until all have and mean the same."""
+        self._come(data)
+        meeting = self._meeting
+        for _ in range(self._polls):
+            if meeting.is_complete():
+                if meeting.agrees():
+                    return
+                break
+        self._come_again(data, index)
+
+    def _come_again(self, data: NDArray[Any], index: int) -> None:
+        """Wait for those who are late to a meeting, or for a later one to which all bring arrays in the like memory.
 
         Raises:
-            CollectiveMismatchError: They do not.
+            CollectiveMismatchError: They do not mean the same.
         """
-        self._caller.drive(self._meeting.wait(), self._description, index)
-        if self._meeting.agrees():
-            return True
-        call = self._caller.call_of(index)
-        message = self._caller.drive(explain(self._context, self._description, call), self._description, index)
-        if message != FALL_BACK:
-            raise CollectiveMismatchError(message)
-        return False
-
-
-class QuickCalls:
-    """The signatures that a communicator has seen."""
-
-    def __init__(self) -> None:
-        self._known: dict[Any, QuickAllreduce] = {}
-
-    def find(self, array: Any, op: Any, algorithm: str, *, in_place: bool) -> tuple[QuickAllreduce | None, Any]:
-        """Return how to reduce `array`, and a flat view of it; None where it has to go the general way."""
-        kind: Any = type(array)
-        if kind is SharedArray:
-            kind = array.place
-        try:
-            quick = self._known[kind, array.dtype, array.shape, op, algorithm, in_place]
-        except (AttributeError, KeyError, TypeError):
-            return None, array
-        host = array if kind is np.ndarray else array.flat if type(array) is SharedArray else _host(array)
-        # Contiguous, aligned and writable; what is not gets its error, or its copy, on the general way.
-        if host is None or not host.flags.carray:
-            return None, array
-        return quick, host if host.ndim == 1 else host.reshape(-1)
-
-    def remember(self, array: Any, op: Any, algorithm: str, quick: QuickAllreduce, *, in_place: bool) -> None:
-        """Find it from now on, if the kind of array is one that can be looked at quickly."""
-        kind: Any = type(array)
-        if kind is SharedArray:
-            # Other ranks may pass another one of the same shape, which they must not.
-            kind = array.place
-        elif kind is not np.ndarray and _host(array) is None:
-            return
-        if len(self._known) >= _MOST_SIGNATURES:
-            self._known.clear()
-        self._known[kind, array.dtype, array.shape, op, algorithm, in_place] = quick
-
-
-def _host(array: Any) -> NDArray[Any] | None:
-    """Return a torch CPU tensor as a NumPy array over the same memory; None for what is no such thing."""
-    torch = loaded_torch()
-    if torch is None or not isinstance(array, torch.Tensor) or not array.is_cpu or array.dtype is torch.bfloat16:
-        return None
-    try:
-        return array.detach().numpy()  # type: ignore[no-any-return]
-    except (RuntimeError, TypeError):
-        return None
+        while True:
+            self._caller.drive(self._meeting.wait(), self._description, index)
+            if self._meeting.agrees():
+                return
+            call = self._caller.call_of(index)
+            message = self._caller.drive(explain(self._context, self._description, call), self._description, index)
+            if message != FALL_BACK:
+                raise CollectiveMismatchError(message)
+            self._come(data)

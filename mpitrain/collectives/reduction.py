@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,28 @@ class Reduction:
             rest = parts[1:]
         for part in rest:
             reduce_into(total, part, self.op, self.dtype)
+
+    def of_parts(self, parts: Sequence[NDArray[Any]]) -> Callable[..., NDArray[Any]]:
+        """Return a function of `total`, as `combine` has it, that combines these parts and finishes.
+
+        Without an argument it makes `total`. Either way it returns it.
+        """
+        ufunc = self._ufunc
+        # In one call of C; to these two the output must be named.
+        names_output = ufunc in (np.maximum, np.minimum)
+        if ufunc is not None and not names_output and not self._averages and len(parts) == 2 and parts[0].ndim:
+            return functools.partial(self._quietly, ufunc, *parts)
+
+        flat_parts = [part.reshape(-1) for part in parts]
+
+        def reduce(total: NDArray[Any] | None = None) -> NDArray[Any]:
+            total = np.empty_like(parts[0]) if total is None else total
+            flat = total.reshape(-1)
+            self.combine(flat_parts, flat)
+            self.finish(flat)
+            return total
+
+        return reduce
 
     def finish(self, total: NDArray[Any]) -> None:
         """Turn the sum over all ranks into what was asked for."""

@@ -6,6 +6,7 @@ rank reduces one slice, and takes the others from those who reduced them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
@@ -39,11 +40,10 @@ class SmallAllreduce:
         self._meeting = meeting
         self._reduction = reduction
         self._parts = meeting.parts(reduction.dtype.storage, count)
-        self.own = [parts[meeting.rank] for parts in self._parts]
-        """For each slot, where this rank leaves its data."""
+        self._own = [parts[meeting.rank] for parts in self._parts]
         size, rank = reduction.size, meeting.rank
-        others_nbytes = count * reduction.dtype.itemsize * (size - 1)
-        self.is_whole = others_nbytes <= _MOST_READ_NBYTES
+        self.nbytes = count * reduction.dtype.itemsize
+        self.is_whole = self.nbytes * (size - 1) <= _MOST_READ_NBYTES
         """Whether every rank reduces the whole array."""
         ends = list(accumulate(even_counts(count, size)))
         slices = [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
@@ -52,22 +52,29 @@ class SmallAllreduce:
 
     def bring(self, data: NDArray[Any]) -> None:
         """Leave what the others need of `data`, before this rank comes to the meeting."""
-        own = self.own[self._meeting.next_slot]
+        own = self._own[self._meeting.next_slot]
         if self.is_whole:
             own[...] = data
         else:
             for _, part in self._others:
                 own[part] = data[part]
 
-    def take_whole(self, result: NDArray[Any]) -> None:
-        """Reduce what all have brought into `result`, where every rank reduces the whole."""
-        self._reduction.combine(self._parts[self._meeting.slot], result)
-        self._reduction.finish(result)
+    def own(self, shape: tuple[int, ...]) -> list[NDArray[Any]]:
+        """Return, for each slot, where this rank leaves its data, in a shape of as many elements."""
+        return [own.reshape(shape) for own in self._own]
+
+    def reducers(self, shape: tuple[int, ...]) -> list[Callable[..., NDArray[Any]]]:
+        """Return, for each slot, a function that reduces what all have brought, where every rank reduces the whole.
+
+        See `Reduction.of_parts`; arrays have that shape.
+        """
+        return [self._reduction.of_parts([part.reshape(shape) for part in parts]) for parts in self._parts]
 
     def take(self, data: NDArray[Any], result: NDArray[Any]) -> Task[None]:
         """Return the task that reduces what all have brought, once all have come, into `result`; it may be `data`."""
         if self.is_whole:
-            self.take_whole(result)
+            self._reduction.combine(self._parts[self._meeting.slot], result)
+            self._reduction.finish(result)
             return
         meeting, reduction, mine = self._meeting, self._reduction, self._mine
         memory = self._parts[meeting.slot]

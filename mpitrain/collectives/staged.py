@@ -120,7 +120,7 @@ def _plan(context: Context, host: Plan[Any], staged: list[Staged], caller: Calle
 
     # What is brought to a meeting of the node's ranks has to be there before.
     prepare = None if host.bring is None else arrived
-    return dataclasses.replace(host, task=task, small=None, is_gated=False, enter=enter, prepare=prepare, place=STAGED)
+    return dataclasses.replace(host, task=task, quick=None, is_gated=False, enter=enter, prepare=prepare, place=STAGED)
 
 
 class StagedRun:

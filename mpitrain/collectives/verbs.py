@@ -11,7 +11,7 @@ import numpy as np
 from mpitrain.collectives import operations
 from mpitrain.collectives.plan import Plan
 from mpitrain.collectives.progress import Handle
-from mpitrain.collectives.quick import QuickCalls
+from mpitrain.collectives.quick_calls import QuickCalls
 from mpitrain.memory import ReduceOp, copy_of, flat_view
 
 __all__ = ["Collectives"]
@@ -60,20 +60,23 @@ class Collectives(abc.ABC):
         `parts` is for "adasum", which does not work element by element: counts of the vectors that `array` holds one
         after another, each of which is combined by itself. Same on every rank.
         """
-        quick, data = self._quick.find(array, op, algorithm, in_place=False)
-        if quick is not None and parts is None:
-            try:
-                result = np.empty_like(data) if type(array) is np.ndarray else copy_of(array)
-            except MemoryError:
-                quick = None  # the general way tells the others
-        if quick is None or parts is not None:
-            return self._run(operations.plan_allreduce, array, op=op, algorithm=algorithm, parts=parts)
-        if type(array) is np.ndarray:
-            quick.run(data, result)
-            return result.reshape(array.shape)
-        data = flat_view(result).data
-        quick.run(data, data)
-        return result
+        if parts is None:
+            if type(array) is np.ndarray:
+                try:
+                    quick = self._quick.of_arrays[array.dtype, array.shape, op, algorithm]
+                except (KeyError, TypeError):
+                    pass
+                else:
+                    if array.flags.carray:
+                        return quick.run(array)
+            else:
+                found, _ = self._quick.find(array, op, algorithm, in_place=False)
+                if found is not None:
+                    result = copy_of(array)
+                    data = flat_view(result).data
+                    found.run(data, data)
+                    return result
+        return self._run(operations.plan_allreduce, array, op=op, algorithm=algorithm, parts=parts)
 
     def allreduce_(
         self,
@@ -84,11 +87,21 @@ class Collectives(abc.ABC):
         parts: Sequence[int] | None = None,
     ) -> Any:
         """Reduce the arrays of all ranks in place; every rank returns its own `array`. See `allreduce`."""
-        quick, data = self._quick.find(array, op, algorithm, in_place=True)
-        if quick is None or parts is not None:
-            return self._run(operations.plan_allreduce, array, op=op, algorithm=algorithm, parts=parts, in_place=True)
-        quick.run(data, data)
-        return array
+        if parts is None:
+            if type(array) is np.ndarray:
+                try:
+                    quick = self._quick.of_arrays_in_place[array.dtype, array.shape, op, algorithm]
+                except (KeyError, TypeError):
+                    pass
+                else:
+                    if array.flags.carray:
+                        return quick.run(array, array)
+            else:
+                found, data = self._quick.find(array, op, algorithm, in_place=True)
+                if found is not None:
+                    found.run(data, data)
+                    return array
+        return self._run(operations.plan_allreduce, array, op=op, algorithm=algorithm, parts=parts, in_place=True)
 
     def allreduce_async(self, array: Any, **options: Any) -> Handle[Any]:
         """Start an `allreduce`, with its options."""

@@ -15,17 +15,13 @@ _IN_ORDER = ("x86_64", "AMD64", "i686")
 
 
 @functools.cache
-def memory_fence() -> Callable[[], None]:
-    """Return a function that is a full memory barrier, where the processor needs one.
+def memory_fence() -> Callable[[], None] | None:
+    """Return a function that is a full memory barrier; None where the processor needs none.
 
     Python has none of its own; that of the MPI standard is MPI_Win_sync, for which any window will do.
     """
     if platform.machine() in _IN_ORDER:
-        return _nothing
+        return None
     window = MPI.Win.Allocate(8, 1, comm=MPI.COMM_SELF)
     window.Lock_all(MPI.MODE_NOCHECK)
     return window.Sync
-
-
-def _nothing() -> None:
-    pass

@@ -151,7 +151,7 @@ class ThreadTransport(Transport):
 
     def allocate_shared(self, nbytes: int) -> SharedBlock:
         views = self.gather_everywhere(np.zeros(nbytes, np.uint8))
-        return SharedBlock(views, fence=_nothing)
+        return SharedBlock(views, fence=None)
 
     def node_leader(self) -> int:
         node = self.members[self.rank] // self.world.ranks_per_node
@@ -188,10 +188,6 @@ def _take(queues: dict[Hashable, collections.deque[_Message]], key: Hashable) ->
     return message
 
 
-def _nothing() -> None:
-    """Threads of one interpreter see each other's stores in order, and its memory needs no giving back."""
-
-
 def _deliver(data: Bytes, receive: _Message) -> None:
     if data.nbytes != receive.buffer.nbytes:
         receive.error = CollectiveMismatchError(
@@ -209,7 +205,7 @@ def run_ranks(
     *,
     ranks_per_node: int | None = None,
     rendezvous: bool = False,
-    timeout_s: float = 60.0,
+    timeout_s: float = 200.0,
 ) -> list[Result]:
     """Call `function(transport)` on `size` ranks, each a thread, and return their results by rank.
 

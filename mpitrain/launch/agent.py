@@ -105,8 +105,10 @@ def _run(program: Sequence[str], taggers: Sequence[_Tagger], received: list[int]
     child = _start(program, [tagger.entry for tagger in taggers] or [1, 2])
 
     def pass_on(number: int, _frame: object) -> None:
-        received.append(number)
-        child.send_signal(number)
+        # One that comes later, as others have learned of the end sooner than this agent, has not ended the program.
+        if child.poll() is None:
+            received.append(number)
+            child.send_signal(number)
 
     for number in _PASSED_ON:
         signal.signal(number, pass_on)

@@ -52,7 +52,8 @@ class Outcome:
         status: Exit status for this process: that of the first rank that failed, or 128 and the number of a signal
             that this process got, or the launcher's.
         failure: Of the first rank that failed, if one did.
-        lost: Ranks of which nothing was heard any more, though the launcher says that all is well.
+        lost: Ranks of which nothing was heard, though no rank has failed and nobody has ended the job: their hosts are
+            lost, or the launcher has not started them.
     """
 
     status: int
@@ -90,14 +91,16 @@ def run_job(command: Sequence[str], environ: Mapping[str, str], token: str, size
             watch = _Watch(process, token, wake, caught)
             watch.run()
         status = process.returncode
+    watch.end_line()
     if watch.failure is not None:
         return Outcome(watch.failure.status, watch.failure)
     if caught:
         return Outcome(128 + caught[0])
-    if status == 0 and len(watch.ended) < size:
-        # Open MPI 5 has been seen to end with 0 after a host was lost.
-        return Outcome(1, lost=tuple(rank for rank in range(size) if str(rank) not in watch.ended))
-    return Outcome(status if status >= 0 else 128 - status)
+    lost = tuple(rank for rank in range(size) if str(rank) not in watch.ended)
+    if status == 0:
+        # Open MPI 5 ends with 0 after it has lost a host, more often than not.
+        return Outcome(1 if lost else 0, lost=lost)
+    return Outcome(status if status > 0 else 128 - status, lost=lost)
 
 
 @contextlib.contextmanager
@@ -137,6 +140,7 @@ class _Watch:
         # What is done next if the launcher does not end, and when. Output that is still open then is left alone.
         self._steps = iter((process.terminate, process.kill, self._give_up))
         self._is_given_up = False
+        self._is_line_open = False
         self._deadline_s: float | None = None
 
     def run(self) -> None:
@@ -157,6 +161,8 @@ class _Watch:
                     rests[key.fd] = self._pass_on(rests[key.fd] + data, dests[key.fd], at_end=not data)
                     if not data:
                         selector.unregister(key.fd)
+                    elif key.fd == self._process.stderr.fileno():
+                        self._is_line_open = not data.endswith(b"\n")
                 self._go_on()
 
     def _pass_on(self, text: bytes, dest: IO[bytes], *, at_end: bool) -> bytes:
@@ -172,6 +178,12 @@ class _Watch:
             rest = b""
         dest.flush()
         return rest
+
+    def end_line(self) -> None:
+        """End the line that the launcher has left half way, so that what is said next begins one."""
+        if self._is_line_open:
+            sys.stderr.buffer.write(b"\n")
+            sys.stderr.buffer.flush()
 
     def _give_up(self) -> None:
         self._is_given_up = True

@@ -45,11 +45,17 @@ class SharedBlock:
     Args:
         views: Each rank's block as bytes, by rank on the node.
         fence: Full memory barrier: what this rank has written before is seen by whoever sees what it writes after.
+            None where that is so by itself.
+
+    Attributes:
+        fence: The barrier, a function that does nothing where none is needed.
+        needs_fence: Whether it does anything.
     """
 
-    def __init__(self, views: Sequence[NDArray[np.uint8]], fence: Callable[[], None]) -> None:
+    def __init__(self, views: Sequence[NDArray[np.uint8]], fence: Callable[[], None] | None) -> None:
         self.views = list(views)
-        self.fence = fence
+        self.needs_fence = fence is not None
+        self.fence = fence or _nothing
 
     def typed(self, storage: np.dtype[Any], offset_nbytes: int, count: int) -> list[NDArray[Any]]:
         """Return the same part of every rank's block as arrays of `count` elements."""
@@ -191,7 +197,7 @@ class SharedArray(NodeArray):
 
 
 def allocate_mapped(
-    rank: int, nbytes: int, share: Callable[[Any], list[Any]], fence: Callable[[], None]
+    rank: int, nbytes: int, share: Callable[[Any], list[Any]], fence: Callable[[], None] | None
 ) -> SharedBlock:
     """Allocate a block of `nbytes` bytes per rank in memory that all ranks map; zero at first.
 
@@ -261,3 +267,7 @@ def _state() -> os.statvfs_result | None:
         return os.statvfs(_FOLDER)
     except OSError:
         return None
+
+
+def _nothing() -> None:
+    """Memory is in order already."""

@@ -1,6 +1,6 @@
 """What a job does and where it waits: counters, the timeline of all ranks, and reports of late ranks."""
 
-from mpitrain.observe.counters import CommunicationClock, CommunicationCounters, Traffic
+from mpitrain.observe.counters import CommunicationClock, CommunicationCounters
 from mpitrain.observe.messages import show_messages
 from mpitrain.observe.recorder import TRANSFER, OperationTrace, Recorder
 from mpitrain.observe.stalls import Whereabouts, report_of_stall, stack_of_thread
@@ -13,7 +13,6 @@ __all__ = [
     "OperationTrace",
     "Recorder",
     "Timeline",
-    "Traffic",
     "Whereabouts",
     "report_of_stall",
     "show_messages",

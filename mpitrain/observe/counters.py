@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 
-__all__ = ["CommunicationClock", "CommunicationCounters", "Traffic"]
+__all__ = ["CommunicationClock", "CommunicationCounters"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -32,16 +32,6 @@ class CommunicationCounters:
             self.exposed_s - earlier.exposed_s,
             self.hidden_s - earlier.hidden_s,
         )
-
-
-class Traffic:
-    """Operations and bytes of one communicator; whoever changes them takes turns."""
-
-    __slots__ = ("nbytes", "operations")
-
-    def __init__(self) -> None:
-        self.operations = 0
-        self.nbytes = 0
 
 
 class CommunicationClock:

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from tests.cluster.emulated.cluster import HEAD, Cluster, why_unavailable
+from tests.support.limits import HANG_S
 
 REPOSITORY = Path(__file__).parents[2]
 NUM_HOSTS = 3
-LIMIT_S = 50
 MPIRUN = shutil.which("mpirun", path=str(Path(sys.executable).parent)) or shutil.which("mpirun")
 VARIABLES = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "MPITRAIN_TIMEOUT_S": "30"}
 
@@ -68,7 +68,7 @@ def mpi(_emulation: None) -> Mpi:
 
 
 def run_on_head(cluster: Cluster, arguments: list[object]) -> subprocess.CompletedProcess[str]:
-    return cluster.run(HEAD, arguments, VARIABLES, timeout=LIMIT_S)
+    return cluster.run(HEAD, arguments, VARIABLES, timeout=HANG_S)
 
 
 def answer_of(done: subprocess.CompletedProcess[str]) -> Any:

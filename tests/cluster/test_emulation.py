@@ -13,8 +13,7 @@ import pytest
 from tests.cluster.conftest import REPOSITORY, is_running
 from tests.cluster.emulated import cluster as emulation
 from tests.cluster.emulated.cluster import HEAD, Cluster
-
-pytestmark = pytest.mark.timeout(60)
+from tests.support.limits import HANG_S
 
 
 def test_hosts_have_names_addresses_and_memory_of_their_own(cluster):
@@ -64,7 +63,7 @@ def test_hosts_go_down_and_come_back(own_cluster):
         pass
     assert sleeper.poll() is None
     own_cluster.kill("node1")
-    assert sleeper.wait(timeout=10) != 0
+    assert sleeper.wait(timeout=HANG_S) != 0
     own_cluster.boot("node1")
     assert reaches(own_cluster, "node1")
     own_cluster.poweroff("node1")
@@ -87,7 +86,7 @@ def test_nothing_is_left_behind():
         processes = [*made._inits.values(), *(holder.pid for holder in made._holders.values())]
         folder = made._folder
         assert all(map(is_running, processes))
-    assert sleeper.wait(timeout=10) != 0
+    assert sleeper.wait(timeout=HANG_S) != 0
     assert not any(map(is_running, processes))
     assert not folder.exists()
     made.down()
@@ -116,7 +115,7 @@ def test_a_cluster_ends_with_the_process_that_made_it(tmp_path, number):
     assert folder.is_dir()
     children = Path(f"/proc/{maker.pid}/task/{maker.pid}/children").read_text().split()
     maker.send_signal(number)
-    maker.wait(timeout=10)
+    maker.wait(timeout=HANG_S)
     maker.stdout.close()
     while any(is_running(int(child)) for child in children) or folder.exists():
         time.sleep(0.01)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -10,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import LIMIT_S, VARIABLES, answer_of, run_on_head
+from tests.cluster.conftest import VARIABLES, answer_of, run_on_head
 from tests.cluster.emulated.cluster import HEAD
-
-pytestmark = pytest.mark.timeout(90)
+from tests.support.limits import HANG_S
 
 JOBS = Path(__file__).parent / "jobs.py"
 
@@ -125,8 +125,15 @@ def test_a_killed_host_ends_the_job_with_an_error(own_cluster, mpi, tmp_path, la
             assert job.poll() is None, job.stdout.read()
             time.sleep(0.05)
         own_cluster.kill("node1")
-        said, _ = job.communicate(timeout=LIMIT_S)
-    assert job.returncode != 0, said
+        said, _ = job.communicate(timeout=HANG_S)
+    if launch == "mpitrain run":
+        assert job.returncode != 0, said
+        assert re.search(
+            "^mpitrain: (lost ranks .*1: nothing says|rank 0 on node0 ended first with)", said, re.MULTILINE
+        ), said
+    else:
+        # Open MPI's launcher says that it has lost a host, and yet ends with 0 as often as not.
+        assert job.returncode != 0 or "PRTE has lost communication with a remote daemon" in said, said
     # The surviving host is left with nothing of the job.
     while "jobs.py" in own_cluster.run("node0", ["ps", "-eo", "args"]).stdout:
         time.sleep(0.1)

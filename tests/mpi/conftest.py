@@ -22,9 +22,9 @@ import pytest
 # A rank that waits for its peers starts its time limit anew after the first of these, so that the stack
 # which is printed is that of a rank that hangs; after the second it gives up if its own test has failed.
 GRACE_S = 2.0
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 # After the last test there is no time limit but this one.
-END_S = 120.0
+END_S = 240.0
 
 FAILURES = (Exception, pytest.fail.Exception)
 

@@ -21,8 +21,6 @@ from mpitrain.collectives import Communicator
 from mpitrain.config import Settings
 from mpitrain.errors import UnavailableError
 
-pytestmark = pytest.mark.timeout(60)
-
 SETTINGS = Settings(wait="sleep")
 HASTY = Effort((1, 1), 10.0)
 

@@ -13,8 +13,6 @@ from mpitrain.cli.job import JobError
 from mpitrain.collectives import Communicator
 from mpitrain.config import Settings
 
-pytestmark = pytest.mark.timeout(90)
-
 SETTINGS = Settings(wait="sleep")
 HASTY = Effort((1, 2), 10.0)
 

@@ -10,10 +10,9 @@ from mpitrain.collectives import Communicator
 from mpitrain.config import Settings
 from mpitrain.schedules import ALGORITHMS
 from tests.support.cases import ALL_ALGORITHMS, OPS, Case, counts_for, grid, has_meaning, run_cases
+from tests.support.limits import HANG_S
 
 pytest.importorskip("torch")
-pytestmark = pytest.mark.timeout(60)
-
 WITH_NATIVE = [*ALL_ALGORITHMS, *((collective, "native") for collective in ALGORITHMS)]
 SETTINGS = {
     "checked": Settings(wait="sleep"),
@@ -77,7 +76,7 @@ def test_mixed_algorithms_in_flight_blocking_and_asynchronous(comm):
             assert int(comm.broadcast(np.array([comm.rank]), root=root, algorithm="native")[0]) == root
     order = list(enumerate(handles))
     for turn, handle in order if comm.rank % 2 else reversed(order):
-        assert handle.wait(30).tolist() == [total + turn * comm.size] * 50
+        assert handle.wait(HANG_S).tolist() == [total + turn * comm.size] * 50
 
 
 def test_native_operations_in_flight_while_communicators_are_made(comm):
@@ -89,7 +88,7 @@ def test_native_operations_in_flight_while_communicators_are_made(comm):
         assert part.allgather_obj(part.rank) == list(range(part.size))
         assert comm.topology.local_size == comm.size
         for handle in handles:
-            assert handle.wait(30).tolist() == [total] * 7
+            assert handle.wait(HANG_S).tolist() == [total] * 7
         part.free()
 
 
@@ -98,7 +97,7 @@ def test_operations_started_in_opposite_order_on_two_communicators_finish(comm):
     for algorithm in ("ring", "native"):
         pair = (comm, other) if comm.rank % 2 else (other, comm)
         handles = [each.allreduce_async(np.full(9, 1.0), algorithm=algorithm) for each in pair]
-        assert [float(handle.wait(30)[0]) for handle in handles] == [comm.size] * 2
+        assert [float(handle.wait(HANG_S)[0]) for handle in handles] == [comm.size] * 2
     other.free()
 
 

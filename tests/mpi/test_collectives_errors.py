@@ -18,9 +18,10 @@ from mpitrain.errors import (
     CommTimeoutError,
     RankFailedError,
 )
+from tests.support.limits import HANG_S
 from tests.support.ranks import outcome
 
-pytestmark = [pytest.mark.mpi(min_size=2), pytest.mark.timeout(40)]
+pytestmark = pytest.mark.mpi(min_size=2)
 
 ALGORITHMS = ("native", "ring", "auto")
 
@@ -48,7 +49,7 @@ def unchecked(comm, **settings):
 
 def call(comm, form, array, **options):
     answer = getattr(comm, form)(array, **options)
-    return answer.wait(20) if "async" in form else answer
+    return answer.wait(HANG_S) if "async" in form else answer
 
 
 @pytest.mark.parametrize("form", ["allreduce", "allreduce_async"])
@@ -73,15 +74,15 @@ def test_mistake_of_one_rank_is_an_error_on_every_rank(comm, form, algorithm):
     with pytest.raises(kind):
         call(comm, form, np.ones(4), op=op, algorithm=algorithm)
     assert float(comm.allreduce(np.array(1.0))) == comm.size
-    assert float(comm.allreduce_async(np.array(1.0), algorithm=algorithm).wait(20)) == comm.size
+    assert float(comm.allreduce_async(np.array(1.0), algorithm=algorithm).wait(HANG_S)) == comm.size
 
 
 def test_mistake_and_mismatch_among_operations_in_flight(comm):
     handles = [comm.allreduce_async(np.ones(3), algorithm="native") for _ in range(3)]
     bad = comm.allreduce_async(np.ones(3 + comm.rank), algorithm="native")
     handles += [comm.allreduce_async(np.ones(3), algorithm="native") for _ in range(3)]
-    assert isinstance(outcome(lambda: bad.wait(20)), CollectiveMismatchError)
-    assert [handle.wait(20).tolist() for handle in handles] == [[comm.size] * 3] * 6
+    assert isinstance(outcome(lambda: bad.wait(HANG_S)), CollectiveMismatchError)
+    assert [handle.wait(HANG_S).tolist() for handle in handles] == [[comm.size] * 3] * 6
 
 
 def test_messages_of_different_length_are_noticed_without_the_check(doomed):
@@ -133,7 +134,7 @@ def test_revoke_ends_operations_in_flight(doomed):
     if doomed.rank == 0:
         time.sleep(0.05)
         doomed.revoke("has had enough")
-    error = outcome(lambda: doomed.allreduce_async(np.ones(5)).wait(20))
+    error = outcome(lambda: doomed.allreduce_async(np.ones(5)).wait(HANG_S))
     assert isinstance(error, CommRevokedError)
     assert "rank 0: has had enough" in str(error)
 
@@ -143,9 +144,13 @@ def test_revoke_ends_operations_in_flight(doomed):
 @pytest.mark.parametrize("check", [True, False])
 def test_time_limit_ends_waiting_for_a_rank_that_does_not_come(doomed, check, algorithm, form):
     comm = doomed.duplicate(doomed.settings.replace(check=check, timeout_s=0.2))
+    error = None
+    if comm.rank != 0:
+        error = outcome(lambda: call(comm, form, np.ones(5), algorithm=algorithm))
+    # Rank 0 comes when all others have given up.
+    doomed.barrier()
     if comm.rank == 0:
-        time.sleep(0.6)
-    error = outcome(lambda: call(comm, form, np.ones(5), algorithm=algorithm))
+        error = outcome(lambda: call(comm, form, np.ones(5), algorithm=algorithm))
     if comm.rank == 0 and not isinstance(error, Exception):
         # The library's own collectives cannot be called off: this late part may still meet those of others.
         assert error.tolist() == [comm.size] * 5
@@ -165,15 +170,18 @@ def test_nothing_is_sent_after_mpi_has_ended(doomed, monkeypatch):
 
 
 def test_what_has_failed_on_one_rank_is_not_made_of_what_comes_after_it(doomed):
-    # Started while the last rank is late, so that the first one fails with others waiting for its turn.
+    # Started before the last rank comes, so that the first one fails with others waiting for its turn.
     comm = doomed.duplicate(doomed.settings.replace(shared_memory=False))
-    if comm.rank == comm.size - 1:
-        time.sleep(0.1)
+    is_last = comm.rank == comm.size - 1
+    if is_last:
+        doomed.barrier()
     handles = [comm.allreduce_async_(np.full(2, turn), algorithm="native") for turn in range(3)]
     if comm.rank == 0:
         # The comparison of descriptions is under way by now, and is what MPI calls first.
         comm.transport.native.allreduce = failing_native
-    errors = [outcome(lambda: handle.wait(20)) for handle in handles]  # noqa: B023
+    if not is_last:
+        doomed.barrier()
+    errors = [outcome(lambda: handle.wait(HANG_S)) for handle in handles]  # noqa: B023
     assert all(isinstance(error, CommError) for error in errors), errors
     assert all("no room" in str(error) for error in errors)
 
@@ -196,7 +204,7 @@ def test_blocking_and_asynchronous_forms_do_not_meet(doomed, algorithm, shared_m
         # Nothing was started.
         handles = [comm.allreduce_async(np.full(5, turn), algorithm=algorithm) for turn in range(20)]
         assert comm.allreduce(np.ones(5), algorithm=algorithm).tolist() == [comm.size] * 5
-        assert [float(handle.wait(20)[0]) for handle in handles] == [turn * comm.size for turn in range(20)]
+        assert [float(handle.wait(HANG_S)[0]) for handle in handles] == [turn * comm.size for turn in range(20)]
 
 
 @pytest.mark.parametrize("form", ["allreduce_", "allreduce_async_"])

@@ -11,8 +11,6 @@ from mpitrain.config import Settings
 from mpitrain.errors import UnavailableError
 from tests.support.cases import Case, run_cases
 
-pytestmark = pytest.mark.timeout(100)
-
 
 @pytest.fixture
 def comm():
@@ -56,7 +54,6 @@ def test_what_cannot_be_cut_is_refused(comm):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(110)
 def test_buffers_beyond_two_to_the_31_bytes(comm):
     if comm.size != 2:
         pytest.skip("needs 2 ranks, as each holds 2 GiB")

@@ -17,8 +17,6 @@ from tests.support.fake_cupy import held_up
 from tests.support.host_kernels import needs_compiler
 from tests.support.ranks import outcome
 
-pytestmark = pytest.mark.timeout(90)
-
 __all__ = ["each_cupy"]
 
 

@@ -9,8 +9,6 @@ torch = pytest.importorskip("torch")
 import mpitrain.torch as hvd  # noqa: E402
 from tests.support.adasum import adasum  # noqa: E402
 
-pytestmark = pytest.mark.timeout(60)
-
 # Relative to what is brought, as each combination of two ranks rounds to the dtype.
 TOLERANCES = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 

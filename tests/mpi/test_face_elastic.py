@@ -9,8 +9,6 @@ torch = pytest.importorskip("torch")
 import mpitrain.torch as hvd  # noqa: E402
 from mpitrain.errors import CommRevokedError  # noqa: E402
 
-pytestmark = pytest.mark.timeout(60)
-
 NUM_SAMPLES = 24
 BATCH_SIZE = 2
 

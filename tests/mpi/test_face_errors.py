@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 
 import mpitrain.torch as hvd  # noqa: E402
 
-pytestmark = [pytest.mark.timeout(60), pytest.mark.mpi(min_size=2)]
+pytestmark = pytest.mark.mpi(min_size=2)
 
 
 @pytest.fixture(autouse=True)

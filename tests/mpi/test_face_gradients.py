@@ -11,8 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import mpitrain.torch as hvd  # noqa: E402
-
-pytestmark = pytest.mark.timeout(60)
+from tests.support.limits import HANG_S  # noqa: E402
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -221,7 +220,7 @@ def test_backward_passes_in_different_order():
             waiting.append(threads.submit((results[index] * (index + 1)).backward))
             time.sleep(1e-3)
         for each in waiting:
-            each.result(30)
+            each.result(HANG_S)
     for index, weight in enumerate(weights):
         # Horovod's rule for a reduce-scatter gathers: each of the repeated rows has the gradient of its rank.
         assert weight.grad.item() == (index + 1) * size * (rank + 1)

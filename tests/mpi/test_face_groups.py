@@ -8,8 +8,6 @@ torch = pytest.importorskip("torch")
 
 import mpitrain.torch as hvd  # noqa: E402
 
-pytestmark = pytest.mark.timeout(60)
-
 DTYPES = [torch.float32, torch.int64, torch.bfloat16, torch.float64, torch.uint8]
 
 

@@ -16,7 +16,7 @@ from mpitrain.torch.starting import Operation  # noqa: E402
 from tests.support.ranks import outcome  # noqa: E402
 from tests.support.training import initialized  # noqa: E402
 
-pytestmark = [pytest.mark.timeout(60), pytest.mark.mpi(min_size=2)]
+pytestmark = pytest.mark.mpi(min_size=2)
 
 
 @pytest.fixture(autouse=True)

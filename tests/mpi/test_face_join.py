@@ -8,8 +8,6 @@ torch = pytest.importorskip("torch")
 
 import mpitrain.torch as hvd  # noqa: E402
 
-pytestmark = pytest.mark.timeout(60)
-
 
 @pytest.fixture(autouse=True)
 def _initialized():

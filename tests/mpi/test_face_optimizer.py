@@ -24,8 +24,6 @@ from tests.support.training import (  # noqa: E402
     train_both,
 )
 
-pytestmark = pytest.mark.timeout(60)
-
 
 @pytest.fixture(scope="module", params=[None, "64"], ids=["default", "tiny"], autouse=True)
 def _initialized(request):

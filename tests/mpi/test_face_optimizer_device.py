@@ -20,8 +20,6 @@ from mpitrain.torch import device_buckets  # noqa: E402
 from tests.support.devices import each_cupy  # noqa: E402
 from tests.support.training import Net, batch, initialized, needs_peers, sgd  # noqa: E402
 
-pytestmark = pytest.mark.timeout(90)
-
 __all__ = ["each_cupy"]
 
 

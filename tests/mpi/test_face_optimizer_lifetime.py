@@ -25,8 +25,6 @@ from tests.support.training import (  # noqa: E402
     train_both,
 )
 
-pytestmark = pytest.mark.timeout(60)
-
 
 @pytest.fixture(scope="module", autouse=True)
 def _initialized():

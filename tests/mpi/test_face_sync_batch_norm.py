@@ -12,8 +12,6 @@ torch = pytest.importorskip("torch")
 import mpitrain.torch as hvd  # noqa: E402
 from tests.support.training import assert_follows, initialized, needs_peers, sgd  # noqa: E402
 
-pytestmark = pytest.mark.timeout(60)
-
 CHANNELS = 3
 SHAPES = {"2D": (), "3D": (5,), "4D": (4, 3), "5D": (2, 3, 2)}
 

@@ -10,8 +10,6 @@ torch = pytest.importorskip("torch")
 import mpitrain.torch as hvd  # noqa: E402
 from tests.support.traces import checked_trace, names_of  # noqa: E402
 
-pytestmark = pytest.mark.timeout(60)
-
 
 @pytest.fixture
 def path(tmp_path):

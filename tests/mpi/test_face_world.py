@@ -12,8 +12,6 @@ torch = pytest.importorskip("torch")
 import mpitrain.torch as hvd  # noqa: E402
 from mpitrain.errors import NotInitializedError  # noqa: E402
 
-pytestmark = pytest.mark.timeout(60)
-
 CALLS = {
     "communication_counters": hvd.communication_counters,
     "rank": hvd.rank,

@@ -99,7 +99,6 @@ def mean_losses(loop: TrainingLoop) -> list[float]:
     return losses
 
 
-@pytest.mark.timeout(90)
 def test_ranks_with_parts_of_a_batch_follow_one_process_with_the_batch(comm, digits) -> None:
     expected = None
     if comm.rank == 0:
@@ -116,7 +115,6 @@ def test_ranks_with_parts_of_a_batch_follow_one_process_with_the_batch(comm, dig
     check_replicas(loop.model.state_dict(), comm)
 
 
-@pytest.mark.timeout(60)
 def test_clipped_steps_leave_the_same_parameters_on_all_ranks(comm, digits) -> None:
     loop = make_loop(digits, comm.rank, comm.size, hvd.DistributedOptimizer, max_grad_norm=0.01)
     before = [param.detach().clone() for param in loop.model.parameters()]
@@ -127,7 +125,6 @@ def test_clipped_steps_leave_the_same_parameters_on_all_ranks(comm, digits) -> N
     assert 0 < moved.norm().item() < 0.01 * 0.014 * 6
 
 
-@pytest.mark.timeout(60)
 def test_a_checkpoint_brings_all_ranks_to_the_same_place(comm, digits, folder) -> None:
     loop = make_loop(digits, comm.rank, comm.size, hvd.DistributedOptimizer)
     list(loop.run(4))
@@ -141,7 +138,6 @@ def test_a_checkpoint_brings_all_ranks_to_the_same_place(comm, digits, folder) -
     check_replicas(other.model.state_dict(), comm)
 
 
-@pytest.mark.timeout(60)
 def test_a_corrupt_checkpoint_is_an_error_on_every_rank(comm, digits, folder) -> None:
     path = folder / "digits.ckpt"
     loop = make_loop(digits, comm.rank, comm.size, hvd.DistributedOptimizer)
@@ -161,14 +157,12 @@ def test_a_corrupt_checkpoint_is_an_error_on_every_rank(comm, digits, folder) ->
     list(loop.run(2))
 
 
-@pytest.mark.timeout(60)
 def test_a_checkpoint_that_cannot_be_written_is_an_error_on_every_rank(comm, digits, folder) -> None:
     loop = make_loop(digits, comm.rank, comm.size, hvd.DistributedOptimizer)
     with pytest.raises(CheckpointError, match="cannot be written"):
         save_checkpoint(folder / "none" / "digits.ckpt", loop, comm)
 
 
-@pytest.mark.timeout(60)
 def test_replicas_that_differ_are_an_error_on_every_rank(comm, digits) -> None:
     if comm.size == 1:
         pytest.skip("one rank cannot differ from others")
@@ -182,7 +176,6 @@ def test_replicas_that_differ_are_an_error_on_every_rank(comm, digits) -> None:
         check_replicas(model.state_dict(), comm)
 
 
-@pytest.mark.timeout(60)
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(comm) -> None:
     answers = []
     with StopRequest(comm) as stop:
@@ -194,7 +187,6 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(comm) -> None:
     assert answers == [0] * (2 + late) + [signal.SIGTERM] * (4 - late)
 
 
-@pytest.mark.timeout(90)
 @pytest.mark.parametrize("algorithm", ["ring", "double_tree", "native"])
 def test_the_script_trains_with_every_algorithm(comm, digits, folder, monkeypatch, algorithm) -> None:
     hvd.shutdown()
@@ -215,7 +207,6 @@ def test_the_script_trains_with_every_algorithm(comm, digits, folder, monkeypatc
     assert bool(plans) == (hvd.size() > 1)
 
 
-@pytest.mark.timeout(60)
 def test_the_script_refuses_an_unknown_algorithm_on_every_rank(comm, digits, capfd, monkeypatch) -> None:
     rank = comm.rank
     hvd.shutdown()

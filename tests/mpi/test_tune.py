@@ -22,8 +22,6 @@ from mpitrain.collectives.table import FORMAT_VERSION, Shape
 from mpitrain.collectives.table_file import Machine, load_table, table_path
 from mpitrain.config import Settings
 
-pytestmark = pytest.mark.timeout(60)
-
 MAX_NBYTES = 4096
 COLLECTIVES = ("allreduce", "broadcast")
 

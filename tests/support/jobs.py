@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.limits import HANG_S
+
 __all__ = ["MPIRUN", "REPOSITORY", "needs_mpirun", "run_python"]
 
 REPOSITORY = Path(__file__).parents[2]
 # Less than the time limits of tests, so that a hang is reported with what was printed.
-LIMIT_S = 50
 MPIRUN = shutil.which("mpirun", path=str(Path(sys.executable).parent)) or shutil.which("mpirun")
 
 needs_mpirun = pytest.mark.skipif(MPIRUN is None, reason="needs an mpirun beside Python or in PATH")
@@ -49,7 +50,7 @@ def run_python(
         [*launcher, sys.executable, *map(str, arguments)],
         cwd=folder,
         env=environ,
-        timeout=LIMIT_S,
+        timeout=HANG_S,
         capture_output=True,
         text=True,
         check=False,

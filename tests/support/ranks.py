@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from mpitrain.collectives import Communicator
 from mpitrain.comm import run_ranks
 from mpitrain.config import Settings
+from tests.support.limits import HANG_S
 
 Result = TypeVar("Result")
 
@@ -31,7 +32,7 @@ def run_communicators(
         finally:
             comm.engine.close()
 
-    return run_ranks(size, body, **world)
+    return run_ranks(size, body, **{"timeout_s": HANG_S, **world})
 
 
 def outcome(function: Callable[[], object]) -> BaseException | object:

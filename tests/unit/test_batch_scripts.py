@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.limits import HANG_S
 from tests.unit.cli.test_run import environment
-
-pytestmark = pytest.mark.timeout(60)
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 BATCH = sorted([*SCRIPTS.glob("*.sbatch"), *SCRIPTS.glob("*.pbs")])
@@ -55,7 +54,7 @@ def dry_run(script: str, variables: dict[str, str], *arguments: str) -> subproce
         capture_output=True,
         text=True,
         check=False,
-        timeout=50,
+        timeout=HANG_S,
     )
 
 

@@ -10,6 +10,9 @@ from mpitrain.collectives.executor import Task
 from mpitrain.collectives.layout import Layout, even_counts
 from mpitrain.collectives.operations.adasum import plan_adasum
 from mpitrain.collectives.plan import Call, Plan
+from mpitrain.collectives.quick import Caller, Quick
+from mpitrain.collectives.quick_native import QuickNative
+from mpitrain.collectives.quick_small import QuickSmall
 from mpitrain.collectives.reduction import Reduction
 from mpitrain.collectives.selection import NATIVE
 from mpitrain.collectives.small import SmallAllreduce
@@ -63,7 +66,7 @@ def plan_allreduce(
             small = SmallAllreduce(context.meeting, Reduction(dtype, op, context.size), view.count)
             # What is in shared memory already is not copied there, if it takes two exchanges anyway.
             if small.is_whole or not place:
-                return _plan_at_meeting(small, view, description)
+                return _plan_at_meeting(context, small, view, description)
         return _plan_in_node(context, array if place else None, view, op, description)
     uses_native = name == NATIVE
     if not uses_native:
@@ -80,17 +83,34 @@ def plan_allreduce(
             yield from context.execute(program, [view.data], dtype, call, op, finish=finish)
         return view.owner
 
-    return Plan(description, task, uses_native, nbytes=view.nbytes, is_gated=not uses_native)
+    nbytes = view.nbytes
+
+    def quick(caller: Caller, _shape: tuple[int, ...]) -> Quick:
+        return QuickNative(context, caller, Reduction(dtype, op, context.size), nbytes, description)
+
+    # Where the ranks meet without being asked to, and where nobody wants to stop waiting.
+    meets = uses_native and context.meeting is not None and context.settings.check and not context.settings.timeout_s
+    return Plan(
+        description,
+        task,
+        uses_native,
+        nbytes=view.nbytes,
+        is_gated=not uses_native,
+        quick=quick if blocking and meets else None,
+    )
 
 
-def _plan_at_meeting(small: SmallAllreduce, view: FlatArray, description: str) -> Plan[Any]:
+def _plan_at_meeting(context: Context, small: SmallAllreduce, view: FlatArray, description: str) -> Plan[Any]:
     """Prepare an all-reduce of a small array that is brought to the meeting of the node's ranks."""
 
     def task(_call: Call) -> Task[Any]:
         yield from small.take(view.data, view.data)
         return view.owner
 
-    return Plan(description, task, nbytes=view.nbytes, bring=lambda: small.bring(view.data), small=small)
+    def quick(caller: Caller, shape: tuple[int, ...]) -> Quick:
+        return QuickSmall(context, caller, small, shape, description)
+
+    return Plan(description, task, nbytes=view.nbytes, bring=lambda: small.bring(view.data), quick=quick)
 
 
 def _plan_in_node(

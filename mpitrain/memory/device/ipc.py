@@ -227,6 +227,7 @@ def mapping_device_memory(
     stream = own.streams.compute
     mappings.runtime.memsetAsync(own.memory.ptr, 0, _MARK_NBYTES, stream.ptr)
     stream.synchronize()
+    yield ""  # only now is the memory of all ranks zero
     return DeviceBlock(rank, nbytes, Holdings(own, mappings), opened)
 
 

@@ -10,8 +10,6 @@ from mpitrain.cli.bench_tables import collective_heading, collective_lines, trai
 from tests.support.bench_results import make_run, make_train_run
 from tests.support.ranks import run_communicators
 
-pytestmark = pytest.mark.timeout(60)
-
 HASTY = Effort((1, 2), 10.0)
 
 

@@ -14,8 +14,6 @@ from mpitrain.errors import UnavailableError
 from mpitrain.memory import ReduceOp, as_dtype, check_op
 from tests.support.ranks import run_communicators
 
-pytestmark = pytest.mark.timeout(60)
-
 DTYPES = ("float32", "bfloat16", "int8", "bool", "complex64", "float16", "uint8", "int64")
 OPS = ("sum", "average", "min", "max", "product")
 

@@ -15,10 +15,8 @@ from mpitrain.cli.tuning import COLLECTIVES, Measurement
 from mpitrain.collectives.table import Key, Shape, Table
 from mpitrain.schedules import ALGORITHMS
 from tests.support.jobs import needs_mpirun, run_python
+from tests.support.limits import HANG_S
 
-pytestmark = pytest.mark.timeout(60)
-
-LIMIT_S = 50
 PAIR = Shape(1, 2, 2, 2)
 
 
@@ -37,11 +35,11 @@ def test_version_and_help_need_no_mpi():
         "import sys; sys.modules['mpi4py'] = None; sys.argv = ['mpitrain', {!r}]; from mpitrain.cli import main; main()"
     )
     version = subprocess.run(
-        [sys.executable, "-c", program.format("--version")], capture_output=True, text=True, check=True, timeout=LIMIT_S
+        [sys.executable, "-c", program.format("--version")], capture_output=True, text=True, check=True, timeout=HANG_S
     )
     assert version.stdout == f"mpitrain, version {mpitrain.__version__}\n"
     listing = subprocess.run(
-        [sys.executable, "-c", program.format("--help")], capture_output=True, text=True, check=True, timeout=LIMIT_S
+        [sys.executable, "-c", program.format("--help")], capture_output=True, text=True, check=True, timeout=HANG_S
     )
     assert "tune" in listing.stdout
 
@@ -51,7 +49,7 @@ def test_importing_the_command_starts_nothing():
         "import sys, mpitrain.cli, mpitrain.cli.commands\n"
         "assert 'mpi4py.MPI' not in sys.modules and 'torch' not in sys.modules, sorted(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=LIMIT_S)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=HANG_S)
 
 
 @pytest.mark.parametrize("package", ["click", "rich"])

@@ -5,18 +5,15 @@ import shutil
 import subprocess
 import sys
 
-import pytest
-
-from tests.unit.cli.test_run import LIMIT_S, MPIRUN, environment, needs_mpirun
-
-pytestmark = pytest.mark.timeout(60)
+from tests.support.limits import HANG_S
+from tests.unit.cli.test_run import MPIRUN, environment, needs_mpirun
 
 
 def doctor(*arguments: object, launcher: tuple[object, ...] = (), **variables: str):
     return subprocess.run(
         [*map(str, launcher), sys.executable, "-m", "mpitrain", "doctor", *map(str, arguments)],
         env=environment(PRTE_MCA_rmaps_default_mapping_policy=":oversubscribe", **variables),
-        timeout=LIMIT_S,
+        timeout=HANG_S,
         capture_output=True,
         text=True,
         check=False,

@@ -14,8 +14,6 @@ from mpitrain.bench.results import to_json
 from mpitrain.cli.report import report
 from tests.support.bench_results import make_row, make_run, make_setup, make_train_run
 
-pytestmark = pytest.mark.timeout(60)
-
 SIZES = (1 << 10, 1 << 20, 1 << 24)
 
 

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.timeout(60)
+from tests.support.limits import HANG_S
 
 REPOSITORY = Path(__file__).parents[3]
-LIMIT_S = 50
 MPIRUN = shutil.which("mpirun", path=str(Path(sys.executable).parent)) or shutil.which("mpirun")
 
 needs_mpirun = pytest.mark.skipif(MPIRUN is None, reason="needs an mpirun beside Python or in PATH")
@@ -41,7 +40,7 @@ def run(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str
     return subprocess.run(
         command(*arguments),
         env=environment(**variables),
-        timeout=LIMIT_S,
+        timeout=HANG_S,
         capture_output=True,
         text=True,
         check=False,
@@ -143,7 +142,7 @@ def test_no_launcher_is_one_line_and_status_2(tmp_path):
         env=environment(PATH=str(tmp_path)),
         capture_output=True,
         text=True,
-        timeout=LIMIT_S,
+        timeout=HANG_S,
         check=False,
     )
     assert (done.returncode, done.stdout) == (2, "")
@@ -173,7 +172,7 @@ def test_ranks_get_arguments_and_variables_as_they_are(tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=LIMIT_S,
+        timeout=HANG_S,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -210,7 +209,7 @@ def test_ctrl_c_ends_everything(tmp_path, number):
         assert job.poll() is None
         time.sleep(0.02)
     job.send_signal(number)
-    assert job.wait(timeout=LIMIT_S) == 128 + number
+    assert job.wait(timeout=HANG_S) == 128 + number
     for path in (tmp_path / "pids").iterdir():
         while Path("/proc", path.name).exists():
             time.sleep(0.02)

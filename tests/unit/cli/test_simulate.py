@@ -16,8 +16,6 @@ from mpitrain.collectives.table import Shape
 from mpitrain.schedules import ALGORITHMS, find_algorithm
 from tests.support.bench_results import make_run, make_setup, make_train_run
 
-pytestmark = pytest.mark.timeout(60)
-
 
 def invoke(command: click.Command, *arguments: object) -> Result:
     return CliRunner().invoke(command, [str(argument) for argument in arguments], catch_exceptions=False)

@@ -14,8 +14,6 @@ from mpitrain.cli.tuning import COLLECTIVES, Effort, Measurement, keys_of, measu
 from mpitrain.collectives.table import Key, Shape, Table
 from tests.support.ranks import SETTINGS, run_communicators
 
-pytestmark = pytest.mark.timeout(60)
-
 KEY = Key("allreduce", Shape(1, 2, 2, 2), True)
 UNCHECKED = SETTINGS.replace(check=False)
 MIB = 1 << 20

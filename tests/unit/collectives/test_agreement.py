@@ -8,11 +8,10 @@ import pytest
 from mpitrain.collectives.agreement import _ranges
 from mpitrain.config import Settings
 from mpitrain.errors import CollectiveError, CollectiveMismatchError
+from tests.support.limits import HANG_S
 from tests.support.ranks import SETTINGS, outcome, run_communicators
 
 torch = pytest.importorskip("torch")
-
-SOON_S = 20.0
 
 
 def zeros(*shape, dtype=np.float32):
@@ -81,7 +80,7 @@ def blocking(comm, verb, *arguments, **options):
 
 
 def asynchronous(comm, verb, *arguments, **options):
-    return getattr(comm, verb + "_async")(*arguments, **options).wait(SOON_S)
+    return getattr(comm, verb + "_async")(*arguments, **options).wait(HANG_S)
 
 
 def still_usable(comm):
@@ -98,7 +97,7 @@ def test_mismatch_is_an_error_on_every_rank(what, form, odd):
         error = outcome(lambda: (odd_call if comm.rank == odd else even_call)(comm, form))
         return error, still_usable(comm)
 
-    results = run_communicators(3, body, timeout_s=SOON_S)
+    results = run_communicators(3, body)
     messages = {str(error) for error, _ in results}
     assert all(type(error) is CollectiveMismatchError for error, _ in results)
     assert all(usable for _, usable in results)
@@ -169,7 +168,7 @@ def test_mistake_of_one_rank_is_an_error_on_every_rank(mistake, form):
             error = outcome(lambda: form(comm, "allreduce", zeros(3)))
         return error, still_usable(comm)
 
-    results = run_communicators(3, body, timeout_s=SOON_S)
+    results = run_communicators(3, body)
     assert type(results[1][0]) is kind
     for rank in (0, 2):
         assert type(results[rank][0]) is CollectiveMismatchError
@@ -186,7 +185,6 @@ def test_mistake_of_all_ranks_is_everybodys_own_error(mistake, form):
             2,
             lambda comm: (outcome(lambda: call(comm, form)), still_usable(comm)),
             settings=settings,
-            timeout_s=SOON_S,
         )
         # Where the mistake depends on the rank, the messages may differ, but nobody is left alone.
         assert all(type(error) is kind for error, _ in results)
@@ -202,7 +200,7 @@ def test_unexpected_error_of_one_rank_is_an_error_on_every_rank():
     def body(comm):
         return outcome(lambda: comm.allreduce(Sly() if comm.rank == 0 else zeros(2))), still_usable(comm)
 
-    results = run_communicators(3, body, timeout_s=SOON_S)
+    results = run_communicators(3, body)
     assert isinstance(results[0][0], ZeroDivisionError)
     assert all(isinstance(error, CollectiveMismatchError) for error, _ in results[1:])
     assert all(usable for _, usable in results)
@@ -215,7 +213,7 @@ def test_mismatch_is_an_error_of_the_handle_and_not_of_the_start():
         error = outcome(handle.wait)
         return type(error), other.wait().shape
 
-    assert run_communicators(2, body, timeout_s=SOON_S) == [(CollectiveMismatchError, (7,))] * 2
+    assert run_communicators(2, body) == [(CollectiveMismatchError, (7,))] * 2
 
 
 def test_nothing_is_changed_by_a_mismatch():
@@ -298,8 +296,8 @@ def test_a_blocking_form_does_not_meet_an_asynchronous_one(what, size, ranks_per
     def body(comm):
         for _ in range(3):
             blocking(comm)
-            asynchronous(comm).wait(SOON_S)
-        return outcome(lambda: asynchronous(comm).wait(SOON_S) if comm.rank == 1 else blocking(comm))
+            asynchronous(comm).wait(HANG_S)
+        return outcome(lambda: asynchronous(comm).wait(HANG_S) if comm.rank == 1 else blocking(comm))
 
     errors = run_communicators(size, body, ranks_per_node=ranks_per_node)
     assert all(isinstance(error, CollectiveError) for error in errors), errors
@@ -316,7 +314,7 @@ def test_a_blocking_form_does_not_meet_the_one_after_an_asynchronous_one(what):
         # Rank 1 comes to its next call, which waits, while the others wait in the one before.
         handle = asynchronous(comm) if comm.rank == 1 else None
         errors = [outcome(lambda: blocking(comm))]
-        return errors + ([outcome(lambda: handle.wait(SOON_S))] if handle else [])
+        return errors + ([outcome(lambda: handle.wait(HANG_S))] if handle else [])
 
     for errors in run_communicators(3, body):
         assert all(isinstance(error, CollectiveError) for error in errors), errors

@@ -18,8 +18,6 @@ from mpitrain.comm import ThreadTransport, Topology, run_ranks
 from mpitrain.config import Settings
 from mpitrain.memory import ReduceOp, ScratchPool, dtype_named
 
-pytestmark = pytest.mark.timeout(120)
-
 SETTINGS = Settings(segment_nbytes=256)
 CASES = [  # ranks, ranks per node
     (2, 2), (3, 3), (4, 4), (7, 7), (4, 2), (6, 3), (5, 2), (7, 3), (4, 3), (8, 2),

@@ -10,9 +10,8 @@ import pytest
 from mpitrain.collectives import Communicator
 from mpitrain.config import Settings
 from mpitrain.errors import CollectiveMismatchError
+from tests.support.limits import HANG_S
 from tests.support.ranks import outcome, run_communicators
-
-pytestmark = pytest.mark.timeout(60)
 
 # Pieces of 256 bytes, and slots of 512.
 SETTINGS = Settings(wait="sleep", staging_nbytes=1024)
@@ -38,7 +37,7 @@ def call(comm: Communicator, way: str, collective: str, data: np.ndarray, **opti
     if "async" in way:
         result = getattr(comm, collective.replace("_in_place", "_async_") + "_async" * ("in_place" not in collective))(
             array, algorithm="direct", **options
-        ).wait(30)
+        ).wait(HANG_S)
     else:
         result = getattr(comm, collective.replace("_in_place", "_"))(array, algorithm="direct", **options)
     if result is None:
@@ -112,7 +111,7 @@ def test_many_operations_in_flight_take_turns_with_the_staging_memory() -> None:
             comm.allgather_async(content(comm.rank + index, 100 + index), algorithm="direct") for index in range(20)
         ]
         last = comm.allreduce(content(comm.rank, 900), algorithm="direct")
-        return [*(handle.wait(30) for handle in handles), last]
+        return [*(handle.wait(HANG_S) for handle in handles), last]
 
     for *gathered, last in run_communicators(3, body, settings=SETTINGS):
         for index, result in enumerate(gathered):
@@ -131,7 +130,7 @@ def test_more_operations_in_flight_than_flags_have_slots() -> None:
         # Quick calls take numbers as well.
         results = [float(comm.allreduce_(np.full(2, float(turn)), algorithm="direct")[0]) for turn in range(300)]
         for handle in handles:
-            handle.wait(30)
+            handle.wait(HANG_S)
         return results
 
     for results in run_communicators(2, body, settings=SETTINGS):

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 
 import numpy as np
 import pytest
 
+from mpitrain.collectives import peers, stall_reports
 from mpitrain.collectives.calls import Calls
+from mpitrain.collectives.peers import PeerWatch
+from mpitrain.collectives.progress import drive
 from mpitrain.config import Settings
 from mpitrain.errors import (
     CollectiveMismatchError,
@@ -16,18 +20,15 @@ from mpitrain.errors import (
     CommTimeoutError,
     RankFailedError,
 )
+from tests.support.limits import HANG_S
 from tests.support.ranks import outcome, run_communicators
 
-# Every failure must be everybody's within this time.
-SOON_S = 10.0
 UNCHECKED = Settings(wait="sleep", check=False)
 
 
-def soon(size, body, **options):
-    began_s = time.monotonic()
-    results = run_communicators(size, lambda comm: outcome(lambda: body(comm)), timeout_s=SOON_S, **options)
-    assert time.monotonic() - began_s < SOON_S
-    return results
+def outcomes(size, body, **options):
+    """Return what becomes of `body` on each rank; every failure must be everybody's, so that all come to an end."""
+    return run_communicators(size, lambda comm: outcome(lambda: body(comm)), **options)
 
 
 @pytest.mark.parametrize("check", [True, False])
@@ -51,7 +52,7 @@ def test_rank_whose_messages_fail_makes_all_others_raise(algorithm, form, check)
         return [handle.wait() for handle in answer] if "async" in form else answer
 
     settings = Settings(wait="sleep", check=check, segment_nbytes=800)
-    results = soon(4, body, settings=settings, rendezvous=True)
+    results = outcomes(4, body, settings=settings, rendezvous=True)
     assert isinstance(results[2], CommError)
     assert "cable" in str(results[2])
     for rank in (0, 1, 3):
@@ -71,7 +72,7 @@ def test_error_of_any_kind_inside_an_operation_makes_all_others_raise(monkeypatc
         reduce_into(*arguments)
 
     monkeypatch.setattr(executor, "reduce_into", broken)
-    results = soon(3, lambda comm: comm.allreduce(np.arange(10.0), algorithm="ring"), settings=UNCHECKED)
+    results = outcomes(3, lambda comm: comm.allreduce(np.arange(10.0), algorithm="ring"), settings=UNCHECKED)
     assert isinstance(results[1], MemoryError)
     assert all(isinstance(results[rank], CommRevokedError) for rank in (0, 2))
 
@@ -80,6 +81,8 @@ def test_error_of_any_kind_inside_an_operation_makes_all_others_raise(monkeypatc
 def test_interrupted_call_makes_all_others_raise(interrupt, monkeypatch):
     # Rank 0 is interrupted while it sleeps between polls; the others must not wait for its part for ever.
     from mpitrain.collectives import progress
+
+    is_interrupted = threading.Event()
 
     class Backoff(progress.Backoff):
         def pause(self):
@@ -96,11 +99,12 @@ def test_interrupted_call_makes_all_others_raise(interrupt, monkeypatch):
             with pytest.raises(interrupt) as caught:
                 comm.allreduce(np.arange(10.0), algorithm="ring")
             kept.append(caught)  # with all that the traceback refers to
+            is_interrupted.set()
             return None
-        time.sleep(0.05)
+        is_interrupted.wait(HANG_S)
         return comm.allreduce(np.arange(10.0), algorithm="ring")
 
-    results = soon(3, body, settings=UNCHECKED, rendezvous=True)
+    results = outcomes(3, body, settings=UNCHECKED, rendezvous=True)
     assert [type(result) for result in results] == [type(None), CommRevokedError, CommRevokedError]
 
 
@@ -113,7 +117,7 @@ def test_revoked_communicator_refuses_every_further_call():
         objects = outcome(lambda: comm.allgather_obj(1))
         return error, again, objects
 
-    for result in soon(3, body):
+    for result in outcomes(3, body):
         for error in result:
             assert isinstance(error, CommRevokedError)
             assert "rank 1: has had enough" in str(error)
@@ -128,7 +132,7 @@ def test_revoke_ends_operations_in_flight():
             return None
         return comm.allreduce_async(np.ones(10)).wait()
 
-    results = soon(3, body)
+    results = outcomes(3, body)
     assert all(isinstance(results[rank], CommRevokedError) for rank in (1, 2))
 
 
@@ -140,7 +144,7 @@ def test_other_communicators_survive_a_revoked_one():
         assert isinstance(outcome(comm.barrier), CommRevokedError)
         return float(other.allreduce(np.array(1.0)))
 
-    assert soon(3, body) == [3.0] * 3
+    assert outcomes(3, body) == [3.0] * 3
 
 
 def test_rank_that_leaves_is_named_by_those_who_need_it():
@@ -151,7 +155,7 @@ def test_rank_that_leaves_is_named_by_those_who_need_it():
             return None
         return comm.allreduce(np.ones(4))
 
-    results = soon(3, body)
+    results = outcomes(3, body)
     for rank in (0, 1):
         assert isinstance(results[rank], (RankFailedError, CommRevokedError))
         assert "rank 2 has finished" in str(results[rank])
@@ -168,7 +172,7 @@ def test_rank_that_leaves_after_its_part_does_not_spoil_the_operation():
         time.sleep(0.1)
         return comm.broadcast(np.zeros(5), root=0, algorithm="binomial")
 
-    for result in soon(4, body, settings=UNCHECKED):
+    for result in outcomes(4, body, settings=UNCHECKED):
         np.testing.assert_array_equal(result, np.arange(5.0))
 
 
@@ -179,7 +183,7 @@ def test_what_ends_in_a_later_operation_does_not_spoil_an_earlier_one(end, monke
 
     def body(comm):
         if comm.rank == 1:
-            begun.wait(SOON_S)
+            begun.wait(HANG_S)
             comm._watch.read_news()  # as whoever waits does
             array = comm.broadcast(np.zeros(5), root=2, algorithm="binomial")
             return array, outcome(lambda: comm.allreduce(array, algorithm="ring"))
@@ -198,7 +202,7 @@ def test_what_ends_in_a_later_operation_does_not_spoil_an_earlier_one(end, monke
     def interrupted(_requests):
         raise MemoryError("no room")
 
-    for array, error in soon(3, body, settings=UNCHECKED):
+    for array, error in outcomes(3, body, settings=UNCHECKED):
         np.testing.assert_array_equal(array, np.arange(5.0))
         assert isinstance(error, CommError)
 
@@ -210,7 +214,7 @@ def test_who_learns_of_a_departure_in_a_later_operation_completes_the_earlier_on
     def body(comm):
         array = np.arange(5.0)
         if comm.rank == 1:
-            has_learned.wait(SOON_S)
+            has_learned.wait(HANG_S)
             return comm.reduce(array, root=0, algorithm="binomial")
         handle = comm.reduce_async(array, root=0, algorithm="binomial")
         if comm.rank == 2:
@@ -221,7 +225,7 @@ def test_who_learns_of_a_departure_in_a_later_operation_completes_the_earlier_on
         has_learned.set()
         return handle.wait()
 
-    np.testing.assert_array_equal(soon(3, body, settings=UNCHECKED)[0], 3 * np.arange(5.0))
+    np.testing.assert_array_equal(outcomes(3, body, settings=UNCHECKED)[0], 3 * np.arange(5.0))
 
 
 def test_what_a_rank_has_given_up_it_does_not_take_up_again():
@@ -236,7 +240,7 @@ def test_what_a_rank_has_given_up_it_does_not_take_up_again():
         comm._watch.read_news()
         return outcome(lambda: comm.allreduce(np.ones(10), algorithm="ring"))
 
-    results = soon(3, body, settings=UNCHECKED, rendezvous=True)
+    results = outcomes(3, body, settings=UNCHECKED, rendezvous=True)
     assert all(isinstance(results[rank], CommError) for rank in (1, 2))
 
 
@@ -247,10 +251,10 @@ def test_rank_that_leaves_in_the_middle_of_an_operation_gives_the_communicator_u
             comm.leave("has failed with ValueError: test")
             return None
         time.sleep(0.05)
-        first = outcome(lambda: comm.allreduce_async(np.ones(10)).wait(SOON_S))
+        first = outcome(lambda: comm.allreduce_async(np.ones(10)).wait(HANG_S))
         return first if isinstance(first, Exception) else outcome(comm.barrier)
 
-    results = soon(3, body, rendezvous=True)
+    results = outcomes(3, body, rendezvous=True)
     for rank in (1, 2):
         assert isinstance(results[rank], (CommRevokedError, RankFailedError))
         assert "has failed with ValueError: test" in str(results[rank])
@@ -260,16 +264,19 @@ def test_rank_that_leaves_in_the_middle_of_an_operation_gives_the_communicator_u
 @pytest.mark.parametrize("form", ["barrier", "barrier_async"])
 def test_time_limit_ends_waiting_for_a_rank_that_does_not_come(form, check):
     settings = Settings(wait="sleep", check=check, timeout_s=0.2)
+    have_failed = threading.Barrier(3)
 
-    def body(comm):
-        if comm.rank == 0:
-            time.sleep(0.8)
-            # Too late: the others have given the communicator up meanwhile.
-            return outcome(comm.barrier)
+    def call(comm):
         answer = getattr(comm, form)()
         return answer.wait() if form.endswith("async") else answer
 
-    results = soon(3, body, settings=settings)
+    def body(comm):
+        error = None if comm.rank == 0 else outcome(lambda: call(comm))
+        have_failed.wait(HANG_S)
+        # Too late: the others have given the communicator up meanwhile.
+        return error or outcome(lambda: call(comm))
+
+    results = outcomes(3, body, settings=settings)
     assert isinstance(results[0], CommRevokedError)
     errors = results[1:]
     assert any(isinstance(error, CommTimeoutError) for error in errors)
@@ -277,42 +284,84 @@ def test_time_limit_ends_waiting_for_a_rank_that_does_not_come(form, check):
     assert any("barrier" in str(error) and "0.2 s" in str(error) for error in errors)
 
 
-def test_time_limit_counts_from_the_last_movement_only():
-    # Rank 0 is slow with every message, but never for as long as the limit.
-    def body(comm):
-        if comm.rank == 0:
-            isend = comm.transport.isend
+def test_time_limit_counts_from_the_last_movement_only(monkeypatch):
+    class Alone:
+        rank, size = 0, 2
 
-            def slow(*arguments):
-                time.sleep(0.1)
-                return isend(*arguments)
+        def notices(self):
+            return []
 
-            comm.transport.isend = slow
-        return float(comm.allreduce(np.ones(50), algorithm="ring")[0])
+        def notify(self, dest, notice):
+            pass
 
-    settings = Settings(wait="sleep", check=False, timeout_s=0.4, segment_nbytes=40)
-    assert soon(2, body, settings=settings) == [2.0, 2.0]
+    now_s = [100.0]
+    monkeypatch.setattr(peers.time, "monotonic", lambda: now_s[0])
+
+    def slow(pauses_s):
+        # Each message is slow, and announces itself by nothing.
+        for pause_s in pauses_s:
+            for _ in range(3):
+                yield False
+                now_s[0] += pause_s / 3
+            yield True
+        return "all has come"
+
+    def run(pauses_s):
+        watch = PeerWatch(Alone(), UNCHECKED.replace(timeout_s=0.4), Calls())
+        return drive(watch.guard(slow(pauses_s), "slow", 0), spin=False)
+
+    assert run([0.39] * 5) == "all has come"
+    with pytest.raises(CommTimeoutError, match=r"rank 0/2, slow: nothing moved for 0\.4 s, the limit is 0\.4 s"):
+        run([0.39, 0.39, 0.64])
+
+
+class Linger:
+    """What a late rank does: it lets the others warn once they have come, and goes on when that has been reported.
+
+    However slow the machine is, nobody warns before.
+    """
+
+    def __init__(self, size, caplog):
+        self.settings = Settings(wait="sleep", check=False, stall_warning_s=0.0)
+        self.comms = [None] * size
+        self._caplog = caplog
+
+    def linger(self, own):
+        others = [comm for comm in self.comms if comm is not own]
+        begun = own._calls.number
+        wait_until(lambda: all(comm._calls.number > begun for comm in others))
+        for comm in others:
+            comm._watch._settings = self.settings.replace(stall_warning_s=0.01)
+        wait_until(lambda: self._caplog.records)
+
+
+def wait_until(is_so):
+    deadline_s = time.monotonic() + HANG_S
+    while not is_so():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("late", [0, 1])
 @pytest.mark.parametrize("form", ["allreduce", "allreduce_async"])
-def test_stall_is_reported_once_with_the_place_of_the_late_rank_and_the_operation_goes_on(caplog, form, late):
-    settings = Settings(wait="sleep", stall_warning_s=0.1, check=False)
-
-    def linger():
-        time.sleep(1.2)
+def test_stall_is_reported_once_with_the_place_of_the_late_rank_and_the_operation_goes_on(
+    caplog, monkeypatch, form, late
+):
+    monkeypatch.setattr(stall_reports, "_ANSWER_LIMIT_S", HANG_S)
+    late_one = Linger(3, caplog)
 
     def body(comm):
+        late_one.comms[comm.rank] = comm
         comm.barrier()
         if comm.rank == late:
-            linger()
+            late_one.linger(comm)
         result = getattr(comm, form)(np.ones(3), algorithm="ring")
         return float((result if form == "allreduce" else result.wait())[0])
 
     with caplog.at_level(logging.WARNING, logger="mpitrain"):
-        assert soon(3, body, settings=settings) == [3.0] * 3
+        assert outcomes(3, body, settings=late_one.settings) == [3.0] * 3
     (message,) = [record.getMessage() for record in caplog.records]
-    assert message.startswith("r0/3 | allreduce sum of float64 [3] by ring: waits for other ranks since 0 s")
+    assert re.match(r"r0/3 \| allreduce sum of float64 \[3\] by ring: waits for other ranks since \d+ s", message)
     assert f"arrived: ranks {', '.join(str(rank) for rank in range(3) if rank != late)}\n" in message
     assert f"missing: rank {late}, which has called 1 operations here, the latest barrier" in message
     assert "in linger" in message
@@ -320,20 +369,19 @@ def test_stall_is_reported_once_with_the_place_of_the_late_rank_and_the_operatio
 
 
 def test_rank_that_does_not_answer_is_named(caplog, monkeypatch):
-    from mpitrain.collectives import stall_reports
-
     monkeypatch.setattr(stall_reports, "_ANSWER_LIMIT_S", 0.3)
-    settings = Settings(wait="sleep", stall_warning_s=0.1, check=False)
+    late_one = Linger(2, caplog)
 
     def body(comm):
+        late_one.comms[comm.rank] = comm
         comm.barrier()
         if comm.rank == 1:
             comm.engine.close()  # its progress thread ends: nothing of this rank looks for news any more
-            time.sleep(1.5)
+            late_one.linger(comm)
         return float(comm.allreduce(np.ones(3), algorithm="ring")[0])
 
     with caplog.at_level(logging.WARNING, logger="mpitrain"):
-        assert soon(2, body, settings=settings) == [2.0, 2.0]
+        assert outcomes(2, body, settings=late_one.settings) == [2.0, 2.0]
     (message,) = [record.getMessage() for record in caplog.records]
     assert "no answer: ranks 1" in message
 
@@ -346,22 +394,20 @@ def test_failed_operation_does_not_stop_one_on_another_communicator():
         assert isinstance(outcome(bad.wait), CollectiveMismatchError)
         return good.wait().tolist()
 
-    assert soon(3, body) == [[3.0] * 5] * 3
+    assert outcomes(3, body) == [[3.0] * 5] * 3
 
 
 def test_messages_of_different_length_are_noticed_without_the_check():
     def body(comm):
         return comm.allreduce(np.ones(8 if comm.rank else 4), algorithm="recursive_doubling")
 
-    results = soon(2, body, settings=UNCHECKED)
+    results = outcomes(2, body, settings=UNCHECKED)
     assert any(isinstance(result, CollectiveMismatchError) for result in results)
     assert all(isinstance(result, (CollectiveMismatchError, CommRevokedError)) for result in results)
 
 
 def test_news_may_arrive_while_another_thread_reads_it():
     # Operations on several threads look for news at the same time; what they share must not break.
-    from mpitrain.collectives.peers import PeerWatch
-
     class Transport:
         rank, size = 0, 5000
 

@@ -10,8 +10,6 @@ from mpitrain.collectives.selection import Available, known_algorithms
 from mpitrain.collectives.table import Shape
 from mpitrain.schedules import ALGORITHMS, Algorithm
 
-pytestmark = pytest.mark.timeout(60)
-
 SEGMENT_NBYTES = 1 << 19
 SIZES = [0, 8, 1 << 10, 1 << 14, 1 << 18, 1 << 22, 1 << 27]
 ONE_NODE = [Shape(1, size, size, size) for size in (2, 3, 8, 64, 128)]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
+import types
 import weakref
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from mpitrain.collectives import ProgressEngine
 from mpitrain.collectives.progress import drive
 from mpitrain.errors import CommError, CommTimeoutError
+from mpitrain.observe import counters
+from tests.support.limits import HANG_S
 
 
 def steps(*moves, result=None):
@@ -38,8 +41,8 @@ def engine():
     engine.close()
 
 
-def wait_until(condition, limit_s=10.0):
-    deadline_s = time.monotonic() + limit_s
+def wait_until(condition):
+    deadline_s = time.monotonic() + HANG_S
     while not condition():
         assert time.monotonic() < deadline_s, "condition was not met in time"
         time.sleep(0.001)
@@ -88,26 +91,26 @@ def test_waiting_thread_advances_other_operations_too(engine):
 
     handle = engine.start(until(first))
     engine.start(second())
-    handle.wait(10)
+    handle.wait(HANG_S)
 
 
 def test_stalled_operation_does_not_stop_others(engine):
     never = threading.Event()
     stalled = engine.start(until(never))
     for number in range(20):
-        assert engine.start(steps(False, True, False, result=number)).wait(10) == number
+        assert engine.start(steps(False, True, False, result=number)).wait(HANG_S) == number
     assert not stalled.done
     never.set()
-    stalled.wait(10)
+    stalled.wait(HANG_S)
 
 
 def test_failed_operation_does_not_stop_others(engine):
     bad = engine.start(failing(CommError("broken"), after=3))
     good = engine.start(steps(*[False] * 10, result=1))
-    assert good.wait(10) == 1
+    assert good.wait(HANG_S) == 1
     for _ in range(2):
         with pytest.raises(CommError, match="broken"):
-            bad.wait(10)
+            bad.wait(HANG_S)
 
 
 def test_error_in_the_first_step_is_for_the_handle(engine):
@@ -123,10 +126,10 @@ def test_wait_with_a_time_limit_leaves_the_operation_in_flight(engine):
     began_s = time.monotonic()
     with pytest.raises(CommTimeoutError, match=r"allreduce of something: .*0\.05 s"):
         handle.wait(0.05)
-    assert 0.05 <= time.monotonic() - began_s < 5
+    assert time.monotonic() - began_s >= 0.05
     assert not handle.done
     event.set()
-    assert handle.wait(10) == "late"
+    assert handle.wait(HANG_S) == "late"
 
 
 def test_wait_with_no_time_at_all_is_a_question(engine):
@@ -141,13 +144,13 @@ def test_many_threads_may_wait_for_the_same_operation(engine):
     event = threading.Event()
     handle = engine.start(until(event, 5))
     results = []
-    threads = [threading.Thread(target=lambda: results.append(handle.wait(10))) for _ in range(6)]
+    threads = [threading.Thread(target=lambda: results.append(handle.wait(HANG_S))) for _ in range(6)]
     for thread in threads:
         thread.start()
     time.sleep(0.02)
     event.set()
     for thread in threads:
-        thread.join(10)
+        thread.join(HANG_S)
     assert results == [5] * 6
 
 
@@ -164,11 +167,11 @@ def test_a_task_is_never_advanced_by_two_threads_at_once(engine):
             yield True
 
     handle = engine.start(task())
-    threads = [threading.Thread(target=handle.wait, args=(20,)) for _ in range(4)]
+    threads = [threading.Thread(target=handle.wait, args=(HANG_S,)) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(HANG_S)
     assert handle.done
     assert overlaps == []
 
@@ -182,28 +185,33 @@ def test_operations_started_and_awaited_by_many_threads(engine):
             handle = engine.start(steps(*[False] * ((seed + turn) % 7), result=turn))
             if turn % 3 == 0:
                 time.sleep(0.0005 * (seed % 3))
-            if handle.wait(20) != turn:
+            if handle.wait(HANG_S) != turn:
                 failures.append((seed, turn))
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(HANG_S)
     assert failures == []
     assert engine._active == []
+
+
+def share_of_a_core(engine):
+    """How much of a core the engine's own thread takes, which the load of the machine can only lessen."""
+    clock = time.pthread_getcpuclockid(engine._thread.ident)
+    began_s, used_s = time.monotonic(), time.clock_gettime(clock)
+    time.sleep(0.5)
+    used_s = time.clock_gettime(clock) - used_s
+    return used_s / (time.monotonic() - began_s)
 
 
 @pytest.mark.parametrize("spin", [True, False])
 def test_idle_engine_uses_no_processor_time(spin):
     engine = ProgressEngine(spin_background=spin, spin_waiting=spin)
-    engine.start(steps(False, result=1)).wait(10)
-    gc.collect()
-    began_s = time.process_time()
-    time.sleep(0.5)
-    used_s = time.process_time() - began_s
+    engine.start(steps(False, result=1)).wait(HANG_S)
+    assert share_of_a_core(engine) < 0.2
     engine.close()
-    assert used_s < 0.1
 
 
 @pytest.mark.parametrize("spin", [True, False])
@@ -213,12 +221,9 @@ def test_engine_that_waits_for_peers_leaves_the_core_to_others(spin):
     engine.start(until(never))
     # Past the time for which polling is worth while.
     time.sleep(0.2)
-    began_s = time.process_time()
-    time.sleep(0.5)
-    used_s = time.process_time() - began_s
+    assert share_of_a_core(engine) < 0.6
     never.set()
     engine.close()
-    assert used_s < 0.3
 
 
 def test_closed_engine_refuses_operations_and_its_thread_ends(engine):
@@ -231,16 +236,16 @@ def test_closed_engine_refuses_operations_and_its_thread_ends(engine):
         engine.start(steps(False, False))
     # Who waits for what was in flight can still finish it.
     never.set()
-    handle.wait(10)
+    handle.wait(HANG_S)
     engine.close()
 
 
 def test_engine_that_nobody_refers_to_is_collected_and_its_thread_ends():
     engine = ProgressEngine()
-    engine.start(steps(False, result=1)).wait(10)
+    engine.start(steps(False, result=1)).wait(HANG_S)
     thread, reference = engine._thread._thread, weakref.ref(engine)
     del engine
-    thread.join(10)
+    thread.join(HANG_S)
     assert not thread.is_alive()
     gc.collect()
     assert reference() is None
@@ -259,9 +264,9 @@ def test_interrupt_while_waiting_leaves_the_operation_in_flight(engine, monkeypa
 
     monkeypatch.setattr("mpitrain.collectives.progress.Backoff.pause", pause)
     with pytest.raises(KeyboardInterrupt):
-        handle.wait(10)
+        handle.wait(HANG_S)
     event.set()
-    assert handle.wait(10) == 1
+    assert handle.wait(HANG_S) == 1
 
 
 def test_interrupt_inside_an_operation_does_not_stop_others(engine):
@@ -277,28 +282,35 @@ def test_interrupt_inside_an_operation_does_not_stop_others(engine):
     other = engine.start(steps(*[False] * 1000, result=2))
     handle = engine.start(interrupted())
     with pytest.raises(KeyboardInterrupt):
-        handle.wait(10)
+        handle.wait(HANG_S)
     assert handle.done
-    assert other.wait(10) == 2
-    assert engine.start(steps(False, False, result=3)).wait(10) == 3
+    assert other.wait(HANG_S) == 2
+    assert engine.start(steps(False, False, result=3)).wait(HANG_S) == 3
 
 
-def test_time_of_waiting_is_exposed_and_the_rest_in_flight_is_hidden(engine):
+def test_time_of_waiting_is_exposed_and_the_rest_in_flight_is_hidden(engine, monkeypatch):
+    # A clock by hand: it goes while nothing is said to the counters, and while somebody waits.
+    now_s = [100.0]
+    monkeypatch.setattr(counters, "time", types.SimpleNamespace(monotonic=lambda: now_s[0]))
     event = threading.Event()
-    handle = engine.start(until(event))
-    time.sleep(0.1)
+
+    def task():
+        yield from until(event)
+        now_s[0] += 5
+
+    handle = engine.start(task())
+    now_s[0] += 3
     unwaited = engine.counters
-    assert unwaited.hidden_s >= 0.1
-    assert unwaited.exposed_s < 0.1
-    timer = threading.Timer(0.1, event.set)
+    assert (unwaited.exposed_s, unwaited.hidden_s) == (0, 3)
+    timer = threading.Timer(0.0, lambda: (wait_until(lambda: engine._waiters), event.set()))
     timer.start()
-    handle.wait(10)
+    handle.wait(HANG_S)
+    timer.join(HANG_S)
     waited = engine.counters - unwaited
-    assert 0.05 < waited.exposed_s < 5
-    assert waited.hidden_s < 0.05
-    time.sleep(0.1)
+    assert (waited.exposed_s, waited.hidden_s) == (5, 0)
+    now_s[0] += 7
     at_rest = engine.counters - unwaited - waited
-    assert (at_rest.exposed_s, at_rest.hidden_s) == pytest.approx((0, 0), abs=1e-9)
+    assert (at_rest.exposed_s, at_rest.hidden_s) == (0, 0)
 
 
 def test_promise_is_resolved_by_another_task(engine):
@@ -309,8 +321,8 @@ def test_promise_is_resolved_by_another_task(engine):
         promise.resolve(9)
 
     engine.start(other())
-    assert promise.wait(10) == 9
+    assert promise.wait(HANG_S) == 9
     broken = engine.promise()
     broken.reject(CommError("given up"))
     with pytest.raises(CommError, match="given up"):
-        broken.wait(10)
+        broken.wait(HANG_S)

@@ -18,12 +18,10 @@ import pytest
 from mpitrain.collectives import Communicator, Handle
 from mpitrain.errors import CollectiveError, CollectiveMismatchError, UnavailableError
 from mpitrain.memory import SharedArray, as_dtype
+from tests.support.limits import HANG_S
 from tests.support.ranks import SETTINGS, outcome, run_communicators
 
 MPIRUN = Path(sys.executable).parent / "mpirun"
-LIMIT_S = 60.0
-pytestmark = pytest.mark.timeout(90)
-
 PROLOGUE = """
 import os, signal, sys, threading
 import numpy as np
@@ -41,7 +39,7 @@ def why_unavailable() -> str:
         return "no mpirun beside the interpreter: install an MPI wheel"
     probe = ["unshare", "--mount", "mount", "-t", "tmpfs", "-o", "size=1m", "none", "/dev/shm"]
     try:
-        done = subprocess.run(probe, capture_output=True, text=True, timeout=20, check=False)
+        done = subprocess.run(probe, capture_output=True, text=True, timeout=HANG_S, check=False)
     except OSError as error:
         return f"cannot unshare: {error}"
     return f"cannot mount: {done.stderr.strip()}" if done.returncode else ""
@@ -61,7 +59,7 @@ def run_with_own_memory(
         ["unshare", "--mount", "bash", "-c", script, "bash", memory, MPIRUN, "-np", str(size), *program],
         capture_output=True,
         text=True,
-        timeout=LIMIT_S,
+        timeout=HANG_S,
         check=False,
         env={**os.environ, **variables},
     )
@@ -167,7 +165,7 @@ def told_apart(comm: Communicator, first: Any, second: Any, form: str, **options
 
 
 def waited(result: Any) -> Any:
-    return result.wait(20) if isinstance(result, Handle) else result
+    return result.wait(HANG_S) if isinstance(result, Handle) else result
 
 
 FORMS = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,11 @@ import torch
 
 import mpitrain
 from mpitrain.collectives import Communicator, Handle
+from mpitrain.collectives.small import SmallAllreduce
 from mpitrain.config import Settings
 from mpitrain.errors import CollectiveMismatchError, CommError, CommRevokedError, MpitrainError
+from tests.support.limits import HANG_S
 from tests.support.ranks import outcome, run_communicators
-
-pytestmark = pytest.mark.timeout(60)
 
 # Slots of 4 KiB.
 SETTINGS = Settings(wait="sleep", staging_nbytes=8192)
@@ -141,6 +142,42 @@ def test_whoever_waits_learns_that_a_rank_gave_up() -> None:
         assert "rank 1: out of work" in str(error)
 
 
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("shape", [(), (1,), (0, 3), (2, 3, 5)])
+@pytest.mark.parametrize(
+    ("op", "dtype", "expected"),
+    [
+        ("sum", "float32", sum),
+        ("average", "int64", lambda parts: sum(parts) // len(parts)),
+        ("average", "float16", lambda parts: (sum(part.astype("f4") for part in parts) / len(parts)).astype("f2")),
+        ("max", "float64", lambda parts: np.max(parts, axis=0)),
+        ("min", "uint8", lambda parts: np.min(parts, axis=0)),
+        ("product", "int32", lambda parts: np.prod(parts, axis=0)),
+        ("sum", "bool", lambda parts: np.any(parts, axis=0)),
+    ],
+)
+def test_calls_like_one_before_keep_shape_and_meaning(
+    size: int, shape: tuple[int, ...], op: str, dtype: str, expected: Callable[[list[np.ndarray]], np.ndarray]
+) -> None:
+    parts = [content(rank, int(np.prod(shape)), dtype).reshape(shape) for rank in range(size)]
+
+    def body(comm: Communicator) -> None:
+        for _ in range(3):
+            array = parts[comm.rank].copy()
+            result = comm.allreduce(array, op=op)
+            np.testing.assert_array_equal(array, parts[comm.rank])
+            returned = comm.allreduce_(array, op=op)
+            assert returned is array
+            for each in (result, array):
+                assert type(each) is np.ndarray
+                assert (each.shape, each.dtype) == (shape, np.dtype(dtype))
+                np.testing.assert_array_equal(each, expected(parts))
+        known = [comm._quick.of_arrays, comm._quick.of_arrays_in_place]
+        assert [len(each) for each in known] == [1, 1]
+
+    run_communicators(size, body, settings=SETTINGS)
+
+
 def test_whoever_waits_learns_that_a_rank_left() -> None:
     def body(comm: Communicator) -> object:
         comm.allreduce_(np.zeros(3), algorithm="direct")
@@ -156,13 +193,19 @@ def test_whoever_waits_learns_that_a_rank_left() -> None:
 
 
 def test_a_failure_on_the_way_gives_the_communicator_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    reducers = SmallAllreduce.reducers
+
+    def fail(_total: object) -> None:
+        raise ZeroDivisionError
+
+    def reducers_of_rank_0_fail(small: SmallAllreduce, shape: tuple[int, ...]) -> list[Callable[..., Any]]:
+        return [fail, fail] if small._meeting.rank == 0 else reducers(small, shape)
+
+    monkeypatch.setattr(SmallAllreduce, "reducers", reducers_of_rank_0_fail)
+
     def body(comm: Communicator) -> object:
         array = np.zeros(3)
         comm.allreduce_(array, algorithm="direct")
-        if comm.rank == 0:
-            quick, _ = comm._quick.find(array, "sum", "direct", in_place=True)
-            assert quick is not None
-            quick._small.take_whole = lambda result: 1 / 0  # type: ignore[method-assign]
         first = outcome(lambda: comm.allreduce_(array, algorithm="direct"))
         second = outcome(lambda: comm.allreduce_(array, algorithm="direct"))
         return first, second
@@ -230,10 +273,10 @@ def test_a_rank_that_leaves_while_it_waits_is_an_error_on_every_rank(
         if comm.rank == 1:
             time.sleep(0.1)
             comm.leave("has finished early")
-        thread.join(10.0)
+        thread.join(HANG_S)
         return None
 
-    run_communicators(3, body, settings=SETTINGS, timeout_s=20.0)
+    run_communicators(3, body, settings=SETTINGS)
     # To the late one a small array is there already.
     waited, late = errors[:2], errors[2:]
     for error in waited if count == 3 else waited + late:
@@ -243,7 +286,6 @@ def test_a_rank_that_leaves_while_it_waits_is_an_error_on_every_rank(
 
 
 LACKS = {
-    "a call seen before": ("mpitrain.collectives.verbs.np.empty_like", "allreduce", True),
     "a first call": ("mpitrain.collectives.operations.allreduce.copy_of", "allreduce", False),
     "an asynchronous call": ("mpitrain.collectives.operations.allreduce.copy_of", "allreduce_async", True),
     "a result": ("mpitrain.collectives.operations.allgather.allocate_like", "allgather", True),
@@ -272,7 +314,7 @@ def test_memory_that_one_rank_lacks_is_an_error_on_every_rank(
 
     def called(comm: Communicator) -> object:
         result = getattr(comm, form)(np.ones(3), algorithm="direct")
-        return result.wait(10) if isinstance(result, Handle) else result
+        return result.wait(HANG_S) if isinstance(result, Handle) else result
 
     def body(comm: Communicator) -> tuple[BaseException, object]:
         if has_been_seen:
@@ -285,10 +327,40 @@ def test_memory_that_one_rank_lacks_is_an_error_on_every_rank(
         poor.clear()
         return caught.value, outcome(lambda: called(comm))
 
-    first, (own, _), third = run_communicators(3, body, settings=SETTINGS.replace(check=check), timeout_s=15.0)
+    first, (own, _), third = run_communicators(3, body, settings=SETTINGS.replace(check=check))
     assert type(own) is kind
     for error, following in (first, third):
         assert isinstance(error, MpitrainError), error
         assert "out of memory" in str(error)
         is_usable = check and kind is MemoryError
         assert isinstance(following, np.ndarray) if is_usable else isinstance(following, CommRevokedError)
+
+
+def test_memory_that_one_rank_lacks_for_a_result_ends_the_next_call_of_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A small result is made after the exchange, with which the call is over elsewhere."""
+    poor: list[int] = []
+    empty_like = np.empty_like
+
+    def lacking(*arguments: Any, **options: Any) -> Any:
+        if threading.get_ident() in poor:
+            raise MemoryError("out of memory")
+        return empty_like(*arguments, **options)
+
+    monkeypatch.setattr("mpitrain.collectives.reduction.np.empty_like", lacking)
+
+    def body(comm: Communicator) -> list[object]:
+        comm.allreduce(np.ones(3), algorithm="direct")
+        comm.barrier()
+        if comm.rank == 1:
+            poor.append(threading.get_ident())
+        outcomes = [outcome(lambda: comm.allreduce(np.ones(3), algorithm="direct")) for _ in range(2)]
+        poor.clear()
+        return outcomes
+
+    first, own, third = run_communicators(3, body, settings=SETTINGS)
+    assert isinstance(own[0], MemoryError)
+    for outcomes in (first, third):
+        assert isinstance(outcomes[1], CommRevokedError)
+        assert "out of memory" in str(outcomes[1])

@@ -21,8 +21,6 @@ from mpitrain.comm import Topology, run_ranks
 from mpitrain.config import Settings, cache_folder
 from mpitrain.schedules import ALGORITHMS
 
-pytestmark = pytest.mark.timeout(30)
-
 PAIR = Shape(1, 2, 2, 2)
 UNEVEN = Shape(2, 1, 3, 4)
 MACHINE = Machine("Some CPU", 2, "in-process ranks", "1")

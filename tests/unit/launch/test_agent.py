@@ -12,8 +12,6 @@ import pytest
 
 import mpitrain.launch.agent
 
-pytestmark = pytest.mark.timeout(30)
-
 RANK = {"OMPI_COMM_WORLD_RANK": "3", "PATH": os.environ["PATH"]}
 
 
@@ -118,6 +116,26 @@ def test_signals_go_on_to_the_program_and_are_not_reported(tmp_path):
     agent.terminate()
     said = agent.communicate()[1]
     assert (agent.returncode, said) == (5, b"")
+
+
+def test_a_failure_is_reported_though_a_signal_comes_before_the_agent_has_noticed_it(tmp_path):
+    # The agent cannot go on before it is told to end as well.
+    source = "import os, pathlib, signal, sys; {}; pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); os._exit(7)"
+    agent = subprocess.Popen(
+        command(
+            "--token", "word", *program(source.format("os.kill(os.getppid(), signal.SIGSTOP)")), str(tmp_path / "pid")
+        ),
+        env=RANK,
+        stderr=subprocess.PIPE,
+    )
+    process = wait_for(tmp_path / "pid")
+    while is_running(process):
+        time.sleep(0.01)
+    agent.terminate()
+    agent.send_signal(signal.SIGCONT)
+    said = agent.communicate()[1].decode()
+    assert said.startswith(f"word 3 7 {socket.gethostname()} ")
+    assert agent.returncode == 7
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes end with their parents on Linux only")

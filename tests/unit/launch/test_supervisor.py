@@ -12,8 +12,6 @@ from mpitrain.errors import LaunchError
 from mpitrain.launch import supervisor
 from mpitrain.launch.supervisor import Failure, Outcome, run_job
 
-pytestmark = pytest.mark.timeout(30)
-
 TOKEN = "mpitrain-0123"
 
 
@@ -25,7 +23,7 @@ def run(source: str, *arguments: object) -> Outcome:
 def test_output_goes_on_and_the_status_is_the_launchers(capfdbinary):
     outcome = run("import sys; print('one\\ntwo', end=''); print('bad', file=sys.stderr); sys.exit(3)")
     said = capfdbinary.readouterr()
-    assert outcome == Outcome(3)
+    assert outcome == Outcome(3, lost=(0, 1, 2))
     assert (said.out, said.err) == (b"one\ntwo", b"bad\n")
 
 
@@ -39,9 +37,16 @@ def test_the_earliest_failure_counts_and_no_report_is_shown(capfdbinary):
 def test_a_launcher_that_hides_the_loss_of_ranks_does_not_succeed():
     reports = f"{TOKEN} 2 0 node1 1\\n{TOKEN} 0 0 node0 1\\n"
     assert run(f"import sys; sys.stderr.write('{reports}')") == Outcome(1, lost=(1,))
+    assert run(f"import sys; sys.stderr.write('{reports}'); sys.exit(5)") == Outcome(5, lost=(1,))
+    assert run("import os; os.kill(os.getpid(), 9)") == Outcome(137, lost=(0, 1, 2))
     everybodys = f"{reports}{TOKEN} 1 0 node1 1\\n"
     assert run(f"import sys; sys.stderr.write('{everybodys}')") == Outcome(0)
     assert run(f"import sys; sys.stderr.write('{everybodys}'); sys.exit(4)") == Outcome(4)
+
+
+def test_a_line_that_the_launcher_leaves_half_way_is_ended(capfdbinary):
+    run("import sys; sys.stderr.write('one\\ntwo')")
+    assert capfdbinary.readouterr().err == b"one\ntwo\n"
 
 
 def test_a_report_in_pieces_is_one(capfdbinary):

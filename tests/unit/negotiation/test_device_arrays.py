@@ -14,9 +14,9 @@ from mpitrain.comm import Transport, run_ranks
 from mpitrain.config import Settings
 from mpitrain.errors import CollectiveMismatchError
 from mpitrain.negotiation import Negotiator
+from tests.support.limits import HANG_S
 
 SETTINGS = Settings(wait="sleep", device_piece_nbytes=64, fusion_nbytes=1024)
-WAIT_S = 20.0
 
 
 def run(size: int, function: Any) -> list[Any]:
@@ -48,7 +48,7 @@ def test_allreduces_of_several_arrays_in_any_order(library_of, in_place):
                 negotiator.start(name, "allreduce", arrays, op="sum", prescale=2.0, in_place=in_place),
             )
         for arrays, handle in handles.values():
-            results = handle.wait(WAIT_S)
+            results = handle.wait(HANG_S)
             assert [type(result) for result in results] == [library.ndarray] * 2
             assert [result.shape for result in results] == [(50,), (3, 5)]
             assert results[0].tolist() == [12.0] * 50
@@ -70,7 +70,7 @@ def test_average_of_the_callers_own_stream(fake_cupy):
                 array += 1 + negotiator.comm.rank
             handle = negotiator.start("x", "allreduce", [array], op="average")
             assert not handle.done
-            (result,) = handle.wait(WAIT_S)
+            (result,) = handle.wait(HANG_S)
             assert result.tolist() == [15.0] * 300
 
     run(2, body)
@@ -81,7 +81,7 @@ def test_other_collectives(library_of):
         rank, library = negotiator.comm.rank, library_of(negotiator.comm.rank)
 
         def of(collective, array, **details):
-            (result,) = negotiator.start(collective, collective, [array], **details).wait(WAIT_S)
+            (result,) = negotiator.start(collective, collective, [array], **details).wait(HANG_S)
             return result
 
         gathered, rows = of("allgather", library.full((rank + 1, 2), rank, np.int32))
@@ -115,9 +115,9 @@ def test_a_copy_that_fails_on_one_rank_is_an_error_on_all(fake_cupy, monkeypatch
 
         monkeypatch.setattr(negotiator.comm.devices, "stage", staged)
         with pytest.raises((CollectiveMismatchError, kind), match="the copy failed"):
-            negotiator.start("x", "allreduce", [fake_cupy.ones(30)], op="sum").wait(WAIT_S)
+            negotiator.start("x", "allreduce", [fake_cupy.ones(30)], op="sum").wait(HANG_S)
         monkeypatch.setattr(negotiator.comm.devices, "stage", stage)
-        (result,) = negotiator.start("x", "allreduce", [fake_cupy.ones(30)], op="sum").wait(WAIT_S)
+        (result,) = negotiator.start("x", "allreduce", [fake_cupy.ones(30)], op="sum").wait(HANG_S)
         assert result.tolist() == [3.0] * 30
 
     monkeypatch.setattr(StagedRun, "has_arrived", property(lacking))
@@ -151,8 +151,8 @@ def test_a_name_is_in_flight_while_its_array_is_copied(fake_cupy):
             first = negotiator.start("x", "allreduce", ones, op="sum")
         negotiator.await_name("x")
         second = negotiator.start("x", "allreduce", ones, op="max")
-        assert first.wait(WAIT_S)[0].tolist() == [2.0] * 30
-        assert second.wait(WAIT_S)[0].tolist() == [1.0] * 30
+        assert first.wait(HANG_S)[0].tolist() == [2.0] * 30
+        assert second.wait(HANG_S)[0].tolist() == [1.0] * 30
 
     run(2, body)
 
@@ -168,7 +168,7 @@ def test_a_name_is_free_when_the_copy_could_not_begin(fake_cupy, monkeypatch):
                 with pytest.raises(KeyboardInterrupt):
                     negotiator.start("x", "allreduce", [fake_cupy.ones(30)], op="sum")
         assert not negotiator._in_flight.holds("x")
-        (result,) = negotiator.start("x", "allreduce", [fake_cupy.ones(30)], op="sum").wait(WAIT_S)
+        (result,) = negotiator.start("x", "allreduce", [fake_cupy.ones(30)], op="sum").wait(HANG_S)
         assert result.tolist() == [1.0] * 30
 
     run(1, body)
@@ -179,8 +179,8 @@ def test_what_was_started_before_a_rank_joins_takes_part(fake_cupy):
         rank = negotiator.comm.rank
         handle = negotiator.start("x", "allreduce", [fake_cupy.full(3000, rank + 1.0)], op="sum")
         joined = negotiator.join(lambda step: None)
-        assert handle.wait(WAIT_S)[0].tolist() == [3.0] * 3000
-        joined.wait(WAIT_S)
+        assert handle.wait(HANG_S)[0].tolist() == [3.0] * 3000
+        joined.wait(HANG_S)
 
     run(2, body)
 
@@ -189,6 +189,6 @@ def test_different_shapes_are_an_error_on_all_ranks(fake_cupy):
     def body(negotiator):
         handle = negotiator.start("x", "allreduce", [fake_cupy.ones(3 + negotiator.comm.rank)], op="sum")
         with pytest.raises(CollectiveMismatchError):
-            handle.wait(WAIT_S)
+            handle.wait(HANG_S)
 
     run(2, body)

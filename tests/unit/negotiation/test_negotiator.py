@@ -27,9 +27,9 @@ from mpitrain.errors import (
 from mpitrain.negotiation import Negotiator
 from mpitrain.negotiation import negotiator as negotiator_module
 from mpitrain.negotiation import stalls as stalls_module
+from tests.support.limits import HANG_S
 
 SETTINGS = Settings(wait="sleep")
-WAIT_S = 20.0
 
 
 def run(size: int, function: Callable[[Negotiator], Any], config: Settings = SETTINGS) -> list[Any]:
@@ -49,13 +49,13 @@ def start(negotiator: Negotiator, name: str, array: Any, **options: Any) -> Hand
 
 
 def wait(handle: Handle[list[Any]]) -> Any:
-    (result,) = handle.wait(WAIT_S)
+    (result,) = handle.wait(HANG_S)
     return result
 
 
 def error_of(handle: Handle[list[Any]]) -> Exception:
     with pytest.raises(CollectiveError) as caught:
-        handle.wait(WAIT_S)
+        handle.wait(HANG_S)
     return caught.value
 
 
@@ -163,7 +163,7 @@ def test_name_in_flight_is_refused_and_may_be_used_again_afterwards() -> None:
                 start(negotiator, "a", own)
             gate.set()
         else:
-            assert gate.wait(WAIT_S)
+            assert gate.wait(HANG_S)
             handle = start(negotiator, "a", own)
         assert wait(handle) == [3.0]
         for _ in range(20):
@@ -196,7 +196,7 @@ def test_a_meaningless_reduction_is_the_same_error_on_every_rank() -> None:
         array = np.array([True, False])
         handle = negotiator.start("a", "allreduce", [array], op="average", in_place=True)
         with pytest.raises(TypeError, match="average is not defined for this dtype, got bool"):
-            handle.wait(WAIT_S)
+            handle.wait(HANG_S)
         assert array.tolist() == [True, False]
         assert wait(start(negotiator, "b", [1.0])) == [2.0]
 
@@ -256,7 +256,7 @@ def test_two_groups_do_not_wait_for_each_other() -> None:
             result = float(wait(start(own, "a", [rank]))[0])
             odd_is_done.set()
         else:
-            assert odd_is_done.wait(WAIT_S)
+            assert odd_is_done.wait(HANG_S)
             result = float(wait(start(own, "a", [rank]))[0])
             everybody = start(negotiator, "all", [1.0])
         assert everybody is not None
@@ -270,13 +270,13 @@ def test_two_groups_do_not_wait_for_each_other() -> None:
 def test_idle_ranks_neither_send_nor_compute() -> None:
     def body(negotiator: Negotiator) -> int:
         assert wait(start(negotiator, "a", [1.0])) == [2.0]
-        together.wait(WAIT_S)
+        together.wait(HANG_S)
         if negotiator.comm.rank == 0:
             time.sleep(0.2)  # whatever the last operation left behind
             used_s[0] = time.process_time()
             time.sleep(0.5)
             used_s[0] = time.process_time() - used_s[0]
-        together.wait(WAIT_S)
+        together.wait(HANG_S)
         return sum(map(len, negotiator.comm.transport.world.notices.values()))
 
     together = threading.Barrier(2)
@@ -289,11 +289,11 @@ def test_idle_ranks_neither_send_nor_compute() -> None:
 def test_time_limit_names_operation_and_missing_ranks_and_ends_everything() -> None:
     def body(negotiator: Negotiator) -> None:
         if negotiator.comm.rank == 2:
-            assert others_have_failed.wait(WAIT_S)
+            assert others_have_failed.wait(HANG_S)
             error = error_of(start(negotiator, "a", [1.0]))
         else:
             error = error_of(start(negotiator, "a", [1.0]))
-            together.wait(WAIT_S)
+            together.wait(HANG_S)
             others_have_failed.set()
         assert isinstance(error, CommTimeoutError)
         assert "a was not started by ranks [2] within 0.2 s" in str(error)
@@ -313,7 +313,7 @@ def test_limits_hold_when_rank_0_decides_nothing(monkeypatch: pytest.MonkeyPatch
         if negotiator.comm.rank == 0:
             # As if the interpreter were held up in foreign code.
             negotiator.comm.engine._thread._services._listeners._references.clear()
-            assert given_up.wait(WAIT_S)
+            assert given_up.wait(HANG_S)
             error = error_of(start(negotiator, "a", [1.0]))
             assert "rank 1 has given up" in str(error)
         else:
@@ -334,9 +334,9 @@ def test_stall_warning_names_operation_and_ranks_again_and_again(
     def body(negotiator: Negotiator) -> None:
         if negotiator.comm.rank == missing:
             # Rank 0 warns though it has never started anything.
-            assert warned_twice.wait(WAIT_S)
+            assert warned_twice.wait(HANG_S)
         handle = start(negotiator, "late", [1.0])
-        deadline_s = time.monotonic() + WAIT_S
+        deadline_s = time.monotonic() + HANG_S
         while negotiator.comm.rank == 2 and len(expected_lines()) < 2 and time.monotonic() < deadline_s:
             time.sleep(0.01)
         if negotiator.comm.rank == 2:
@@ -435,7 +435,7 @@ def test_operations_of_several_threads_of_each_rank() -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(WAIT_S)
+            thread.join(HANG_S)
             assert not thread.is_alive()
 
     failures: list[BaseException] = []
@@ -502,14 +502,14 @@ def test_all_gather_of_several_arrays(size: int) -> None:
 
     def body(negotiator: Negotiator) -> None:
         rank = negotiator.comm.rank
-        results = negotiator.start("a", "allgather", bring(rank)).wait(WAIT_S)
+        results = negotiator.start("a", "allgather", bring(rank)).wait(HANG_S)
         everybodys = [[np.atleast_1d(array) for array in bring(source)] for source in range(size)]
         for index, (result, rows) in enumerate(results):
             parts = [brought[index] for brought in everybodys]
             assert rows == [len(part) for part in parts]
             assert result.dtype == parts[0].dtype
             np.testing.assert_array_equal(result, np.concatenate(parts))
-        assert negotiator.start("b", "allgather", []).wait(WAIT_S) == []
+        assert negotiator.start("b", "allgather", []).wait(HANG_S) == []
 
     run(size, body)
 
@@ -525,7 +525,7 @@ def test_reduce_scatter_of_several_arrays(size: int, op: str) -> None:
         kept = [array.copy() for array in arrays]
         factor = {"sum": total(size), "average": (size + 1) / 2, "max": float(size)}[op]
         handle = negotiator.start("a", "reduce_scatter", arrays, op=op, prescale=0.5, postscale=4.0)
-        for array, before, result in zip(arrays, kept, handle.wait(WAIT_S), strict=True):
+        for array, before, result in zip(arrays, kept, handle.wait(HANG_S), strict=True):
             expected = np.array_split(before / (rank + 1) * (2 * factor), size)[rank]
             assert result.dtype == array.dtype
             np.testing.assert_allclose(result, expected, rtol=1e-6)
@@ -539,7 +539,7 @@ def test_a_group_with_a_meaningless_member_fails_as_a_whole() -> None:
         arrays = [np.ones(4), np.array([True, False])]
         for op, other, error in (("average", arrays[1], TypeError), ("sum", np.array(1.0), ValueError)):
             with pytest.raises(error, match=r"got bool|got shape"):
-                negotiator.start("a", "reduce_scatter", [arrays[0], other], op=op).wait(WAIT_S)
+                negotiator.start("a", "reduce_scatter", [arrays[0], other], op=op).wait(HANG_S)
         assert wait(start(negotiator, "b", [1.0])) == [2.0]
 
     run(2, body)
@@ -586,7 +586,7 @@ def test_a_refusal_of_a_name_in_flight_says_nothing() -> None:
             negotiator.refuse("a", "allreduce", "ValueError: not today")
             refused.set()
         else:
-            assert refused.wait(WAIT_S)
+            assert refused.wait(HANG_S)
             handle = start(negotiator, "a", [1.0])
         assert wait(handle) == [2.0]
 
@@ -602,7 +602,7 @@ def test_what_waits_behind_a_refusal_ends_with_the_group() -> None:
             waits.set()
             assert "rank 0 has gone fishing" in str(error_of(handle))
         else:
-            assert waits.wait(WAIT_S)
+            assert waits.wait(HANG_S)
             negotiator.leave("has gone fishing")
 
     waits = threading.Event()

@@ -18,9 +18,9 @@ from mpitrain.comm import Transport, run_ranks
 from mpitrain.config import Settings
 from mpitrain.errors import CollectiveError, RankFailedError
 from mpitrain.negotiation import Negotiator
+from tests.support.limits import HANG_S
 
 SETTINGS = Settings(wait="sleep")
-WAIT_S = 20.0
 
 
 def run(size: int, function: Callable[[Negotiator], Any], config: Settings = SETTINGS) -> list[Any]:
@@ -39,7 +39,7 @@ def join(negotiator: Negotiator) -> int:
     due: deque[Callable[[], None]] = deque()
     handle = negotiator.join(due.append)
     while not handle.done:
-        negotiator.comm.engine.wait_until(lambda: due or handle.done, "join", WAIT_S)
+        negotiator.comm.engine.wait_until(lambda: due or handle.done, "join", HANG_S)
         while due:
             due.popleft()()
     (last,) = handle.wait()
@@ -48,7 +48,7 @@ def join(negotiator: Negotiator) -> int:
 
 def reduce(negotiator: Negotiator, array: Any, op: str = "sum", **options: Any) -> Any:
     handle = negotiator.start(negotiator.next_name(), "allreduce", [np.asarray(array)], op=op, **options)
-    (result,) = handle.wait(WAIT_S)
+    (result,) = handle.wait(HANG_S)
     return result
 
 
@@ -73,7 +73,7 @@ def test_sums_are_those_of_the_ranks_that_have_not_joined(seed: int, size: int, 
                 if draw.random() < 0.3:
                     time.sleep(draw.random() * 1e-3)
             for index, handle in handles.items():
-                (result,) = handle.wait(WAIT_S)
+                (result,) = handle.wait(HANG_S)
                 total = sum(10.0**other for other in range(size) if epoch[other] > index)
                 np.testing.assert_array_equal(result, np.full(index + 1, total))
             lasts.append(join(negotiator))
@@ -101,7 +101,7 @@ def test_every_reduction_leaves_the_result_to_the_others(joined: int) -> None:
             handle = negotiator.start("rs", "reduce_scatter", [np.arange(7) * (rank + 1)], op="sum", postscale=2.0)
             bounds = [0, 3, 5, 7]
             part = np.arange(7)[bounds[rank] : bounds[rank + 1]] * (first + second + 2) * 2
-            np.testing.assert_array_equal(handle.wait(WAIT_S)[0], part)
+            np.testing.assert_array_equal(handle.wait(HANG_S)[0], part)
         return join(negotiator)
 
     assert len(set(run(3, body))) == 1
@@ -115,20 +115,20 @@ def test_what_is_not_reduced_comes_from_the_others(joined: int) -> None:
             others = [other for other in range(3) if other != joined]
             arrays = [np.full((rank + 1, 2), rank, np.int8), np.full(rank, 1.5 * rank)]
             # A result may come with the rows of each rank.
-            first, second = negotiator.start("g", "allgather", arrays).wait(WAIT_S)
+            first, second = negotiator.start("g", "allgather", arrays).wait(HANG_S)
             first, second = (each[0] if isinstance(each, tuple) else each for each in (first, second))
             np.testing.assert_array_equal(first, np.concatenate([np.full((r + 1, 2), r) for r in others]))
             np.testing.assert_array_equal(second, np.concatenate([np.full(r, 1.5 * r) for r in others]))
             root = others[1]
-            (sent,) = negotiator.start("b", "broadcast", [np.arange(5) + rank], root=root, in_place=True).wait(WAIT_S)
+            (sent,) = negotiator.start("b", "broadcast", [np.arange(5) + rank], root=root, in_place=True).wait(HANG_S)
             np.testing.assert_array_equal(sent, np.arange(5) + root)
             splits = [0 if other == joined else 2 + rank for other in range(3)]
             ((rows, received),) = negotiator.start("s", "alltoall", [np.full(sum(splits), rank)], splits=splits).wait(
-                WAIT_S
+                HANG_S
             )
             assert list(received) == [0 if other == joined else 2 + other for other in range(3)]
             assert rows.tolist() == [other for other in others for _ in range(2 + other)]
-            negotiator.start("barrier", "barrier").wait(WAIT_S)
+            negotiator.start("barrier", "barrier").wait(HANG_S)
         return join(negotiator)
 
     assert len(set(run(3, body))) == 1
@@ -143,7 +143,7 @@ def test_what_needs_a_rank_that_has_joined_is_an_error_on_all_others() -> None:
                 ("s", "alltoall", {"splits": [1, 1, 1]}),
             ]:
                 with pytest.raises(CollectiveError) as caught:
-                    negotiator.start(name, collective, [np.zeros(3)], **options).wait(WAIT_S)
+                    negotiator.start(name, collective, [np.zeros(3)], **options).wait(HANG_S)
                 errors.append(str(caught.value))
             assert errors[0].startswith("b: rank 1 has joined, and brings nothing to broadcast")
             assert errors[1].startswith("s: rank 0 sends rows to ranks [1], which have joined")
@@ -174,14 +174,14 @@ def test_a_rank_that_has_joined_starts_nothing() -> None:
             with pytest.raises(ValueError, match="a: cannot be started on a rank that has joined; wait until join"):
                 negotiator.start("a", "allreduce", [np.zeros(3)], op="sum")
             refused.append(True)
-        handle.wait(WAIT_S)
+        handle.wait(HANG_S)
 
     refused: list[bool] = []
     run(2, lambda negotiator: body(negotiator) if negotiator.comm.rank else (wait_for(refused), body(negotiator)))
 
 
 def wait_for(refused: list[bool]) -> None:
-    deadline_s = time.monotonic() + WAIT_S
+    deadline_s = time.monotonic() + HANG_S
     while not refused and time.monotonic() < deadline_s:
         time.sleep(0.001)
 
@@ -210,14 +210,14 @@ class Maker:
 
     def step(self, value: float, inside: Callable[[], None] | None = None) -> float:
         with self.steps.entered(self.number):
-            result = float(self.comm.allreduce_async(np.array([value])).wait(WAIT_S)[0])
+            result = float(self.comm.allreduce_async(np.array([value])).wait(HANG_S)[0])
             if inside is not None:
                 inside()
             return result
 
     def stand_in(self) -> None:
         self.stood_in += 1
-        self.comm.allreduce_async(np.array([0.0])).wait(WAIT_S)
+        self.comm.allreduce_async(np.array([0.0])).wait(HANG_S)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -241,7 +241,7 @@ def test_steps_that_nobody_negotiates_go_on_without_ranks_that_have_joined(size:
     run(size, body)
 
 
-def attend_until(negotiator: Negotiator, is_over: Callable[[], object], limit_s: float = WAIT_S) -> None:
+def attend_until(negotiator: Negotiator, is_over: Callable[[], object], limit_s: float = HANG_S) -> None:
     """Look for what other ranks have said, as who waits for something else does."""
     deadline_s = time.monotonic() + limit_s
     while not is_over() and time.monotonic() < deadline_s:

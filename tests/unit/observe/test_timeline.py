@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import numpy as np
 import pytest
 
 from mpitrain.config import Settings
+from mpitrain.observe import timeline
+from tests.support.limits import HANG_S
 from tests.support.ranks import outcome, run_communicators
 from tests.support.traces import checked_trace, names_of
 
 SETTINGS = Settings(wait="sleep", check=False, segment_nbytes=4096, staging_nbytes=1 << 14)
 COUNT = 5001
+
+
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch):
+    # Ranks answer here, but where they are slow.
+    monkeypatch.setattr(timeline, "_PATIENCE_S", HANG_S)
+    monkeypatch.setattr(timeline, "_PATIENCE_WITH_LEAVERS_S", HANG_S)
+    monkeypatch.setattr(timeline, "_CLOCK_PATIENCE_S", HANG_S)
 
 
 def work(comm, algorithm="ring"):
@@ -77,7 +88,7 @@ def test_it_is_enough_that_rank_0_calls(tmp_path):
             if comm.rank == 0:
                 comm.timeline.start(path)
             # The others learn of it while they wait for rank 0, or of themselves.
-            deadline_s = time.monotonic() + 10
+            deadline_s = time.monotonic() + HANG_S
             while not comm.timeline.is_recording:
                 assert time.monotonic() < deadline_s
                 time.sleep(0.01)
@@ -150,20 +161,21 @@ def test_failed_rank_still_leaves_a_file(tmp_path):
 
 
 def test_ranks_that_do_not_answer_are_named(tmp_path, monkeypatch, caplog):
-    from mpitrain.observe import timeline
-
     monkeypatch.setattr(timeline, "_PATIENCE_S", 0.2)
     path = tmp_path / "timeline.json"
+    is_deaf, has_ended = threading.Event(), threading.Event()
 
     def body(comm):
         comm.timeline.start(path)
         comm.barrier()
         if comm.rank == 1:
             comm.engine.close()
-            time.sleep(1)
+            is_deaf.set()
+            has_ended.wait(HANG_S)
         else:
-            time.sleep(0.3)
+            is_deaf.wait(HANG_S)
             comm.timeline.stop()
+            has_ended.set()
 
     run_communicators(2, body, settings=SETTINGS)
     assert checked_trace(path)["otherData"]["missing_ranks"] == [1]

@@ -5,27 +5,25 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
 
+from tests.support.limits import HANG_S
+
 pytest.importorskip("torch")
 
 MPIRUN = Path(sys.executable).parent / "mpirun"
-LIMIT_S = 60.0
-# Much less than the time limit, and much more than starting takes: what would be a hang is not within.
-PATIENCE_S = 30.0
-
 pytestmark = [
     pytest.mark.skipif(not MPIRUN.exists(), reason="no mpirun beside the interpreter: install an MPI wheel"),
-    pytest.mark.timeout(90),
 ]
 
 PROLOGUE = """
 import sys, time
 import torch
 import mpitrain.torch as hvd
+
+from tests.support.limits import HANG_S
 hvd.init()
 rank = hvd.rank()
 hvd.allreduce(torch.ones(1))
@@ -59,17 +57,16 @@ hvd.DistributedOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(3))], lr
 }
 
 
-def run(size: int, body: str) -> tuple[int, str, float]:
-    began_s = time.monotonic()
+def run(size: int, body: str) -> tuple[int, str]:
     program = PROLOGUE + textwrap.dedent(body)
     done = subprocess.run(
         [MPIRUN, "-np", str(size), sys.executable, "-c", program],
         capture_output=True,
         text=True,
-        timeout=LIMIT_S,
+        timeout=HANG_S,
         check=False,
     )
-    return done.returncode, done.stdout + done.stderr, time.monotonic() - began_s
+    return done.returncode, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
@@ -84,10 +81,9 @@ def leave():
 if rank == leaver and {waiting!r} == "named":
     leave()
 """
-    code, output, duration_s = run(size, body + WAITING[waiting])
+    code, output = run(size, body + WAITING[waiting])
     assert code != 0, output
     assert f"rank {leaver} has failed with KeyError: 'batch 17'" in output, output
-    assert duration_s < PATIENCE_S
 
 
 @pytest.mark.parametrize("leaver", [0, 1])
@@ -101,10 +97,9 @@ except hvd.HorovodInternalError as error:
     print("CAUGHT", error)
     sys.exit(3)
 """
-    code, output, duration_s = run(2, body)
+    code, output = run(2, body)
     assert code != 0, output
     assert f"CAUGHT allreduce.lost: cannot complete: rank {leaver} has finished" in output, output
-    assert duration_s < PATIENCE_S
 
 
 def test_an_elastic_job_ends_with_the_process_that_has_failed() -> None:
@@ -125,11 +120,10 @@ except hvd.HorovodInternalError as error:
     print("CAUGHT", error)
     raise
 """
-    code, output, duration_s = run(2, body)
+    code, output = run(2, body)
     assert code != 0, output
     assert "CAUGHT" in output, output
     assert "elastic run: KeyError: 'batch 17'" in output, output
-    assert duration_s < PATIENCE_S
 
 
 def test_a_job_may_end_without_shutdown_and_with_operations_in_flight_and_one_rank_late() -> None:
@@ -139,7 +133,7 @@ if rank == 1:
     time.sleep(0.5)
 print("END")
 """
-    code, output, _ = run(2, body)
+    code, output = run(2, body)
     assert code == 0, output
     assert output.count("END") == 2
     assert "Traceback" not in output
@@ -147,6 +141,6 @@ print("END")
 
 def test_one_process_without_a_launcher() -> None:
     program = PROLOGUE + "assert hvd.size() == 1\nprint(hvd.allreduce(torch.tensor(2.5)).item())"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=HANG_S, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "2.5"

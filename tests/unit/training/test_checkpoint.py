@@ -18,6 +18,7 @@ import torch
 from mpitrain.collectives import Communicator
 from mpitrain.errors import CheckpointError
 from mpitrain.training import checkpoint_file, load_checkpoint, save_checkpoint
+from tests.support.limits import HANG_S
 from tests.support.ranks import outcome, run_communicators
 
 SIZE = 3
@@ -230,7 +231,7 @@ write_state(path, {"weight": torch.ones(100_000)})
 @pytest.mark.parametrize("moment", ["write", "rename"])
 def test_a_crash_before_the_rename_leaves_the_old_file(saved, moment) -> None:
     content = saved.read_bytes()
-    done = subprocess.run([sys.executable, "-c", CRASH, str(saved), moment], timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", CRASH, str(saved), moment], timeout=HANG_S, check=False)
     assert done.returncode == 9
     # The crash came late enough: the new content was in the folder.
     assert any(path.stat().st_size > 400_000 for path in saved.parent.iterdir() if path != saved) or moment == "write"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -36,6 +38,27 @@ def test_all_ranks_see_the_memory_of_all(fake_cupy, size):
 
     expected = [[owner + 1] * 40 for owner in range(size)]
     assert run_ranks(size, body) == [expected] * size
+
+
+def test_memory_is_zero_on_all_ranks_though_one_is_slow(fake_cupy, monkeypatch):
+    memset = fake_cupy.cuda.runtime.memsetAsync
+
+    def slow(*arguments):
+        if threading.current_thread().name == "rank 1":
+            time.sleep(0.1)
+        memset(*arguments)
+
+    monkeypatch.setattr(fake_cupy.cuda.runtime, "memsetAsync", slow)
+
+    def body(transport):
+        block = allocate_mapped_device(transport.rank, 40, 1, 0, transport.gather_everywhere)
+        seen = [view.get().tolist() for view in block.views]
+        let_go = block.holdings.close()
+        transport.gather_everywhere(None)
+        let_go()
+        return seen
+
+    assert run_ranks(2, body) == [[[0] * 40] * 2] * 2
 
 
 def test_typed_parts_are_the_same_memory_on_all_ranks(fake_cupy):

@@ -10,12 +10,13 @@ import pytest
 
 from mpitrain.memory import allocate_like, copy_of, dtype_named, flat_view
 from mpitrain.memory.device import Image, PinnedArray, pinned_pool, produced
+from tests.support.limits import HANG_S
 
 FLOAT32 = dtype_named("float32")
 
 
 def soon(is_so):
-    limit_s = time.monotonic() + 20
+    limit_s = time.monotonic() + HANG_S
     while not is_so():
         assert time.monotonic() < limit_s
         time.sleep(0.0002)
