@@ -11,7 +11,8 @@ import contextlib
 import functools
 import threading
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mpitrain.collectives import Communicator, Handle, Task
@@ -54,7 +55,7 @@ class Negotiator:
         # Whoever starts an operation sees to it that somebody serves it.
         self._lock = threading.Lock()
         self._is_serving = False
-        self.steps = Steps(self._start_step, self._end_step)
+        self.steps = Steps(_held_weakly(self._start_step), _held_weakly(self._end_step))
         comm.before_leaving(self.leave)
         # A rank that waits for something else, or for nothing, learns of those that have joined; rank 0 also of those
         # that wait for a named operation which it has not started.
@@ -317,3 +318,14 @@ class Negotiator:
         for entry in entries:
             self._fail([entry], error_of_closing(entry.announcement.name, closing))
         return is_first
+
+
+def _held_weakly(method: Callable[[str], None]) -> Callable[[str], None]:
+    """Return what calls a method of an object that lives; in a cycle, its communicators would be freed late."""
+    reference = weakref.WeakMethod(method)
+
+    def call(name: str) -> None:
+        if (function := reference()) is not None:
+            function(name)
+
+    return call

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from mpitrain.comm import ThreadTransport, ThreadWorld, run_ranks
+from mpitrain.comm import ThreadTransport, ThreadWorld, run_ranks, thread
 from mpitrain.errors import CollectiveMismatchError, CommError, CommTimeoutError
 from tests.support.limits import HANG_S
 
@@ -182,7 +182,10 @@ def test_run_ranks_returns_results_by_rank():
     assert run_ranks(3, lambda transport: (transport.rank, transport.size)) == [(0, 3), (1, 3), (2, 3)]
 
 
-def test_run_ranks_raises_what_the_first_failing_rank_raised():
+def test_run_ranks_raises_what_the_first_failing_rank_raised(monkeypatch):
+    # The other one waits for ever.
+    monkeypatch.setattr(thread, "_PATIENCE_S", 0.1)
+
     def body(transport):
         if transport.rank == 1:
             raise ZeroDivisionError("mine")

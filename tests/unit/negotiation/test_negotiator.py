@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import random
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -370,6 +372,25 @@ def test_stall_shutdown_ends_everything_on_the_group(missing: int) -> None:
         assert "or raise MPITRAIN_STALL_SHUTDOWN_S" in str(error)
 
     run(3, body, SETTINGS.replace(stall_shutdown_s=1.0))
+
+
+def test_nothing_keeps_a_negotiator_that_is_gone() -> None:
+    def body(transport: Transport) -> Any:
+        comm = Communicator(transport, settings=SETTINGS)
+        negotiator = Negotiator(comm)
+        wait(start(negotiator, "a", [1.0]))
+        negotiator.steps.note_absent(())
+        # The other ranks may still be about to decide.
+        comm.barrier()
+        comm.engine.close()
+        return weakref.ref(negotiator)
+
+    # Without the garbage collector, which comes late in large programs, and communicators are few.
+    gc.disable()
+    try:
+        assert [reference() for reference in run_ranks(2, body)] == [None, None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("failing", [0, 1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,13 +19,25 @@ NUM_SEGMENTS = (1, 2, 3, 5, 8)
 @pytest.mark.parametrize("sizes", [range(1, 17), range(17, 33), range(33, 49), range(49, 65)], ids=str)
 def test_proof_holds(algorithm: Algorithm, sizes: range) -> None:
     for size in sizes:
-        for root in range(size) if algorithm.takes_root else (0,):
-            for num_segments in NUM_SEGMENTS if algorithm.takes_segments else (1,):
-                proof = prove(algorithm, size, root=root, num_segments=num_segments)
-                assert proof.num_rounds == algorithm.rounds(size, num_segments)
-                assert proof.volume == algorithm.volume(size, num_segments)
-                # Each rank but one must send something, or nothing could depend on it.
-                assert proof.num_messages >= size - 1
+        for root, num_segments in roots_and_segments(algorithm, size):
+            proof = prove(algorithm, size, root=root, num_segments=num_segments)
+            assert proof.num_rounds == algorithm.rounds(size, num_segments)
+            assert proof.volume == algorithm.volume(size, num_segments)
+            # Each rank but one must send something, or nothing could depend on it.
+            assert proof.num_messages >= size - 1
+
+
+def roots_and_segments(algorithm: Algorithm, size: int) -> Iterator[tuple[int, int]]:
+    """Yield every root and every number of segments, in all combinations where ranks are few.
+
+    Where they are many, the numbers take turns over the roots, and the first root and one in the middle have all.
+    """
+    numbers = NUM_SEGMENTS if algorithm.takes_segments else (1,)
+    for root in range(size) if algorithm.takes_root else (0,):
+        if size <= 16 or root in {0, size // 2}:
+            yield from ((root, number) for number in numbers)
+        else:
+            yield root, numbers[root % len(numbers)]
 
 
 @pytest.mark.parametrize("algorithm", ALL, ids=NAMES)

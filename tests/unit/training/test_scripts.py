@@ -35,16 +35,15 @@ def results_of(folder: Path, script: str, size: int, *arguments: object) -> dict
 
 @needs_mpirun
 def test_digits_go_on_at_other_numbers_of_ranks_as_one_rank_would(tmp_path) -> None:
-    # Batches of which 9 make an epoch; the runs end within epochs and at their end.
+    # Batches of which 9 make an epoch; from more ranks to fewer, and within an epoch, is for the next test.
     common = ("--batch-size", 150, "--seed", 3)
     whole = results_of(tmp_path, "train_digits.py", 1, "--epochs", 3, *common)
     saving = (*common, "--checkpoint", tmp_path / "digits.ckpt")
     parts = [
         results_of(tmp_path, "train_digits.py", 1, "--epochs", 1, *saving),
-        results_of(tmp_path, "train_digits.py", 2, "--epochs", 2, *saving, "--resume"),
-        results_of(tmp_path, "train_digits.py", 1, "--epochs", 3, *saving, "--resume"),
+        results_of(tmp_path, "train_digits.py", 2, "--epochs", 3, *saving, "--resume"),
     ]
-    assert [(part["first_step"], part["last_step"]) for part in parts] == [(0, 9), (9, 18), (18, 27)]
+    assert [(part["first_step"], part["last_step"]) for part in parts] == [(0, 9), (9, 27)]
     losses = [loss for part in parts for loss in part["losses"]]
     assert losses == pytest.approx(whole["losses"], abs=1e-4)
     assert parts[-1]["test_loss"] == pytest.approx(whole["test_loss"], abs=1e-4)
