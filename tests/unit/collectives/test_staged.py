@@ -87,7 +87,7 @@ def test_broadcast_sends_what_has_arrived():
         context = comm._context
         counts = even_counts(100, context.num_chunks("broadcast", "chain", data.nbytes))
         program = context.program("broadcast", "chain", Layout.packed(counts), dtype, nbytes=data.nbytes)
-        call = comm.call_of(0)._replace(gates=Gates([Gate(relay, writes=comm.rank > 0)], None))
+        call = comm._runner.call_of(0)._replace(gates=Gates([Gate(relay, writes=comm.rank > 0)], None))
         comm.engine.drive(context.execute(program, [data], dtype, call))
         return data.tolist()
 
