@@ -33,6 +33,9 @@ class ReduceOp(IntEnum):
     PRODUCT = 5
 
 
+# Powers of two up to here have an exact inverse in every type that floats are divided in.
+_LARGEST_INVERTED = 1 << 64
+
 _ARITHMETIC: dict[ReduceOp, np.ufunc] = {
     ReduceOp.AVERAGE: np.add,
     ReduceOp.SUM: np.add,
@@ -205,6 +208,9 @@ def divide_by(data: Storage, divisor: int, dtype: DType) -> None:
         return
     if dtype.kind in ("int", "uint"):
         _divide_integers(data, int(divisor))
+    elif divisor & (divisor - 1) == 0 and divisor <= _LARGEST_INVERTED:
+        # The same quotients, rounded in the same way, in less time.
+        _by_number(data, np.multiply, 1.0 / divisor, dtype)
     else:
         _by_number(data, np.true_divide, float(divisor), dtype)
 

@@ -33,11 +33,9 @@ import torch
 
 from mpitrain.collectives import Communicator
 from mpitrain.errors import CollectiveError, CollectiveMismatchError, CommRevokedError
-from mpitrain.memory import NodeArray, SharedDeviceArray, as_dtype
 from mpitrain.negotiation import Negotiator
 from mpitrain.torch.arguments import Reduction
-from mpitrain.torch.buckets import bucket_layout
-from mpitrain.torch.device_buckets import DeviceBucket
+from mpitrain.torch.bucket_memory import BucketMemory
 from mpitrain.torch.named_gradients import NamedGradients
 from mpitrain.torch.observation import BackwardSpan
 from mpitrain.torch.passes import BackwardPasses
@@ -47,9 +45,6 @@ from mpitrain.torch.world import negotiator_of
 __all__ = ["GradientReducer"]
 
 Tensor = torch.Tensor
-
-# Buckets begin on cache lines.
-_LINE_NBYTES = 64
 
 
 class GradientReducer(BackwardPasses):
@@ -80,8 +75,7 @@ class GradientReducer(BackwardPasses):
         self._buckets: list[Bucket] = []
         self._next = 0
         self._backward = BackwardSpan()
-        # By the kinds of device that the parameters lie on.
-        self._memory: dict[tuple[str, ...], NodeArray] = {}
+        self._memory = BucketMemory(reduction)
         # Positions of the slots in the order of the buckets.
         self._order: list[int] = []
         # Those whose gradients have come in a step whose order is to be learned; None once it is known.
@@ -199,7 +193,8 @@ class GradientReducer(BackwardPasses):
         for slot in self._slots:
             if slot.bucket >= 0 and slot.param.grad is slot.view:
                 slot.param.grad = None
-        self._buckets, self._memory, self._next = [], {}, 0
+        self._buckets, self._next = [], 0
+        self._memory.clear()
         self._named = NamedGradients(self._reduction)
         # From here on gradients stay where they are.
         self._arrivals = []
@@ -251,60 +246,8 @@ class GradientReducer(BackwardPasses):
             self._comm = self._group.duplicate(self._group.settings.replace(check=False))
             self._comm.while_waiting(self._negotiator.attend)
         self._order = order
-        slots = [self._slots[position] for position in order]
-        for slot in slots:
-            slot.bucket = -1
-        slots = [slot for slot in slots if not self._reduction.travels_by_name(is_sparse=slot.sparse_dim > 0)]
-        keys = [(self._reduction.wire_dtype(slot.param), slot.devices) for slot in self._slots]
-        sizes = [slot.param.numel() * dtype.itemsize for slot, (dtype, _) in zip(self._slots, keys, strict=True)]
-        settings = self._comm.settings
-        layout = bucket_layout(
-            list(zip(sizes, keys, strict=True)),
-            [slot.position for slot in slots],
-            bucket_nbytes=settings.bucket_nbytes,
-            first_bucket_nbytes=settings.first_bucket_nbytes,
-            groups=self._reduction.groups_among([slot.param for slot in self._slots]),
-        )
-        nbytes_of = [_aligned(sum(sizes[position] for position in members)) for members in layout]
-        offsets: dict[tuple[str, ...], int] = {}
-        for members, nbytes in zip(layout, nbytes_of, strict=True):
-            devices = self._slots[members[0]].devices
-            offsets[devices] = offsets.get(devices, 0) + nbytes
-        memory = {devices: self._memory_of(devices, nbytes) for devices, nbytes in offsets.items()}
-        offsets = dict.fromkeys(memory, 0)
-        self._buckets = []
-        self._next = 0
-        for members, nbytes in zip(layout, nbytes_of, strict=True):
-            in_bucket = [self._slots[position] for position in members]
-            dtype, devices = as_dtype(keys[members[0]][0]), in_bucket[0].devices
-            count = sum(slot.param.numel() for slot in in_bucket)
-            self._add_bucket(in_bucket, memory[devices].part(dtype, offsets[devices], count))
-            offsets[devices] += nbytes
-
-    def _add_bucket(self, slots: list[Slot], array: NodeArray) -> None:
-        assert self._comm is not None
-        plan = self._comm.plan_allreduce_(array, op=self._reduction.op_in_buckets)
-        position = len(self._buckets)
-        if isinstance(array, SharedDeviceArray):
-            self._buckets.append(DeviceBucket(position, slots, array, plan))
-        else:
-            self._buckets.append(Bucket(position, slots, array.tensor(), plan))
-
-    def _memory_of(self, devices: tuple[str, ...], nbytes: int) -> NodeArray:
-        """Return the memory for all buckets of some kinds of device, which the node shares; the same if it suffices."""
-        memory = self._memory.get(devices)
-        if memory is not None and nbytes <= memory.flat.nbytes:
-            # Gradients of the step that ends here lie where the next buckets will be.
-            for slot in self._slots:
-                if slot.devices == devices and slot.param.grad is not None:
-                    slot.param.grad = slot.param.grad.clone()
-        else:
-            # The order of the parameters changes how they fit into buckets, but each adds less than a line.
-            nbytes += len(self._slots) * _LINE_NBYTES
-            param = next(slot.param for slot in self._slots if slot.devices == devices)
-            device = param.device if param.device.type == "cuda" else None
-            memory = self._memory[devices] = self._group.allocate(nbytes, "uint8", device=device)
-        return memory
+        self._buckets, self._next = [], 0
+        self._buckets = self._memory.lay_out(self._group, self._comm, self._slots, order)
 
     # What happens in every step
 
@@ -366,7 +309,3 @@ class GradientReducer(BackwardPasses):
         while self._next < len(self._buckets) and not self._buckets[self._next].missing:
             self._buckets[self._next].start()
             self._next += 1
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _LINE_NBYTES) * _LINE_NBYTES

@@ -184,4 +184,4 @@ def test_ranks_on_the_host_and_on_a_device(place, host_ranks):
     train(place, model, optimizer, take=shard)
     train(place, reference, single)
     assert_same(model, reference)
-    assert not any(memory.is_shared for memory in optimizer._reducer._memory.values())
+    assert not any(memory.is_shared for memory in optimizer._reducer._memory.arrays.values())

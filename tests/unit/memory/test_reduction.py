@@ -324,3 +324,19 @@ def is_defined(op, dtype):
     except TypeError:
         return False
     return True
+
+
+@pytest.mark.parametrize("divisor", [2, 4, 8, 1024, 2**40, 2**64, 2**65])
+@pytest.mark.parametrize("name", ["float32", "float64"])
+def test_powers_of_two_divide_every_float_exactly_as_a_division_does(name, divisor):
+    bits = f"u{np.dtype(name).itemsize}"
+    random = np.random.default_rng(divisor % 1000).integers(0, 2**64, 50_000, np.uint64).astype(bits)
+    # Small numbers, which turn into subnormal ones and zeros, are rare among all.
+    small = random >> np.array(np.dtype(name).itemsize * 8 - 26, bits)
+    data = np.concatenate([random, small, small | ~(np.array(-1).astype(bits) >> 1)]).view(name)
+    with np.errstate(all="ignore"):
+        expected = np.true_divide(data, np.dtype(name).type(divisor))
+    divide_by(data, divisor, DTYPES[name])
+    is_nan = np.isnan(expected)
+    assert np.array_equal(np.isnan(data), is_nan)
+    assert np.array_equal(data.view(bits)[~is_nan], expected.view(bits)[~is_nan])
