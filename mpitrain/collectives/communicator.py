@@ -81,6 +81,7 @@ class Communicator(ObjectCollectives, Allocation):
         self._watch, self._calls = self._runner.watch, self._runner.calls
         self._memory = self._context.memory
         self._quick = QuickCalls()
+        self._quick_arrays, self._quick_arrays_in_place = self._quick.of_arrays, self._quick.of_arrays_in_place
         self._freed = False
         self._observer = Observer(self.topology, self.settings, self.engine, self._watch, self._calls)
         self.timeline = self._observer.timeline

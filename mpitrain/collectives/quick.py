@@ -63,7 +63,7 @@ class Quick(abc.ABC):
         self._polls = _POLLS if caller.engine.spin_waiting else 1
 
     def run(self, data: NDArray[Any], result: NDArray[Any] | None = None) -> NDArray[Any]:
-        """Reduce contiguous `data` into `result`, which may be the same, or a new array if left out; return it.
+        """Reduce `data` into a contiguous `result`, which may be the same, or a new array if left out; return it.
 
         Raises:
             CollectiveMismatchError, CommError: As every collective.
@@ -71,7 +71,7 @@ class Quick(abc.ABC):
         began_ns = 0 if self._caller.engine.recorder is None else time.monotonic_ns()
         index = self._begin()
         try:
-            total = np.empty_like(data) if result is None else result
+            total = np.empty(data.shape, data.dtype) if result is None else result
             flat = data.reshape(-1)
             self._reduce(flat, flat if total is data else total.reshape(-1), index)
         except BaseException as error:

@@ -11,12 +11,15 @@ import numpy as np
 from mpitrain.collectives import operations
 from mpitrain.collectives.plan import Plan
 from mpitrain.collectives.progress import Handle
+from mpitrain.collectives.quick import Quick
 from mpitrain.collectives.quick_calls import QuickCalls
 from mpitrain.memory import ReduceOp, copy_of, flat_view
 
 __all__ = ["Collectives"]
 
 Result = TypeVar("Result")
+
+_ndarray = np.ndarray
 
 
 class Collectives(abc.ABC):
@@ -38,6 +41,9 @@ class Collectives(abc.ABC):
     """
 
     _quick: QuickCalls
+    # What is looked up in each call lies at hand.
+    _quick_arrays: dict[Any, Quick]
+    _quick_arrays_in_place: dict[Any, Quick]
 
     @abc.abstractmethod
     def _run(self, make_plan: Callable[..., Plan[Result]], *arguments: Any, **options: Any) -> Result:
@@ -61,14 +67,13 @@ class Collectives(abc.ABC):
         after another, each of which is combined by itself. Same on every rank.
         """
         if parts is None:
-            if type(array) is np.ndarray:
+            if type(array) is _ndarray:
                 try:
-                    quick = self._quick.of_arrays[array.dtype, array.shape, op, algorithm]
+                    quick = self._quick_arrays[array.dtype, array.shape, op, algorithm]
                 except (KeyError, TypeError):
                     pass
                 else:
-                    if array.flags.carray:
-                        return quick.run(array)
+                    return quick.run(array)  # it is copied, so it may lie as it likes
             else:
                 found, _ = self._quick.find(array, op, algorithm, in_place=False)
                 if found is not None:
@@ -88,9 +93,9 @@ class Collectives(abc.ABC):
     ) -> Any:
         """Reduce the arrays of all ranks in place; every rank returns its own `array`. See `allreduce`."""
         if parts is None:
-            if type(array) is np.ndarray:
+            if type(array) is _ndarray:
                 try:
-                    quick = self._quick.of_arrays_in_place[array.dtype, array.shape, op, algorithm]
+                    quick = self._quick_arrays_in_place[array.dtype, array.shape, op, algorithm]
                 except (KeyError, TypeError):
                     pass
                 else:

@@ -53,6 +53,17 @@ def test_repeated_native_calls_keep_shape_and_meaning(comm, op, dtype):
     assert [type(quick) for quick in known] == ([QuickNative] * 2 * len(SHAPES) if comm.size > 1 else [])
 
 
+@pytest.mark.parametrize("algorithm", ["native", "auto"])
+def test_a_new_result_is_contiguous_however_the_array_lies(comm, algorithm):
+    for turn, transpose in enumerate([False, True, True, False]):
+        parts = [content(rank, (30, 7), "float32", turn) for rank in range(comm.size)]
+        mine = np.asfortranarray(parts[comm.rank]) if transpose else parts[comm.rank].copy()
+        mine.flags.writeable = False
+        result = comm.allreduce(mine, algorithm=algorithm)
+        assert result.flags.carray
+        np.testing.assert_array_equal(result, sum(parts))
+
+
 @pytest.mark.mpi(min_size=2)
 def test_ranks_may_go_different_ways_in_the_same_call(comm):
     """A tensor here and an array there, one like before and one not."""
