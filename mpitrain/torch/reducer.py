@@ -195,6 +195,7 @@ class GradientReducer(BackwardPasses):
                 slot.param.grad = None
         self._buckets, self._next = [], 0
         self._memory.clear()
+        self._named.abandon((), error)
         self._named = NamedGradients(self._reduction)
         # From here on gradients stay where they are.
         self._arrivals = []
