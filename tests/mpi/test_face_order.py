@@ -10,6 +10,8 @@ torch = pytest.importorskip("torch")
 
 import mpitrain.torch as hvd  # noqa: E402
 from mpitrain.config import Settings  # noqa: E402
+from mpitrain.negotiation import dialogue, negotiator, stalls  # noqa: E402
+from tests.support.clocks import Clock  # noqa: E402
 
 pytestmark = pytest.mark.mpi(min_size=2)
 
@@ -51,18 +53,37 @@ def test_unnamed_operations_are_counted_for_each_process_set():
         assert hvd.allreduce(torch.tensor(10.0**rank), op=hvd.Sum).item() == sum(10.0**other for other in range(size))
 
 
+class ClockOfStalls(Clock):
+    """One that goes on rank 0 when so many ranks have started an operation, and stands still before and elsewhere."""
+
+    def __init__(self, name, number):
+        super().__init__()
+        self._name, self._number = name, number
+        self._has_begun = False
+
+    def monotonic(self):
+        coordinator = hvd.global_process_set.negotiator._dialogue._coordinator
+        pending = coordinator and coordinator._pending.get(self._name)
+        if pending and len(pending.announcements) == self._number and not self._has_begun:
+            self._has_begun = True
+            self.go(2500.0)
+        return super().monotonic()
+
+
 @pytest.mark.parametrize("missing", ["first", "last"])
-def test_what_not_all_ranks_start_is_warned_of_and_ends_with_an_error_on_all(missing, caplog):
-    hvd.init(settings=Settings.from_environ().replace(stall_warning_s=0.2, stall_shutdown_s=1.5))
+def test_what_not_all_ranks_start_is_warned_of_and_ends_with_an_error_on_all(missing, caplog, monkeypatch):
+    # Rank 0 decides, and has all the time to say so.
+    monkeypatch.setattr(stalls, "_GRACE_S", 1e9)
+    hvd.init(settings=Settings.from_environ().replace(stall_warning_s=200.0, stall_shutdown_s=1500.0))
     try:
+        clock = ClockOfStalls("allreduce.x", hvd.size() - 1)
+        for module in (negotiator, dialogue):
+            monkeypatch.setattr(module, "time", clock)
         absent = 0 if missing == "first" else hvd.size() - 1
         others = [rank for rank in range(hvd.size()) if rank != absent]
         parameter = torch.nn.Parameter(torch.ones(3))
         optimizer = hvd.DistributedOptimizer(torch.optim.SGD([parameter], lr=0.1))
-        # All begin together, with everything loaded, so that only one is missing after the time limit.
-        torch.optim.SGD([torch.nn.Parameter(torch.ones(3))], lr=0.1).step()
-        hvd.barrier()
-        told = rf"x was not started by ranks \[{absent}\] within 1.5 s"
+        told = rf"x was not started by ranks \[{absent}\] within 1500 s"
         with caplog.at_level(logging.WARNING, "mpitrain"):
             if hvd.rank() == absent:
                 # It waits for the others in something else, and is not left there.

@@ -27,8 +27,10 @@ from mpitrain.errors import (
     RankFailedError,
 )
 from mpitrain.negotiation import Negotiator
+from mpitrain.negotiation import dialogue as dialogue_module
 from mpitrain.negotiation import negotiator as negotiator_module
 from mpitrain.negotiation import stalls as stalls_module
+from tests.support.clocks import Clock
 from tests.support.limits import HANG_S
 
 SETTINGS = Settings(wait="sleep")
@@ -288,45 +290,89 @@ def test_idle_ranks_neither_send_nor_compute() -> None:
     assert used_s[0] < 0.1
 
 
-def test_time_limit_names_operation_and_missing_ranks_and_ends_everything() -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Tell the negotiation how late it is; what moves messages has a clock of its own."""
+    by_hand = Clock()
+    for module in (negotiator_module, dialogue_module):
+        monkeypatch.setattr(module, "time", by_hand)
+    return by_hand
+
+
+class Lateness:
+    """Lets the clock go when rank 0 knows that as many ranks as will do so have started an operation."""
+
+    def __init__(self, clock: Clock, name: str, number: int) -> None:
+        self._clock, self._name, self._number = clock, name, number
+        self._coordinators: list[Any] = []
+
+    def take_part(self, negotiator: Negotiator) -> None:
+        """Called by rank 0 before it waits, and by rank 1 when it has started the operation."""
+        if negotiator.comm.rank == 0:
+            self._coordinators.append(negotiator._dialogue._coordinator)
+        if negotiator.comm.rank == 1:
+            deadline_s = time.monotonic() + HANG_S
+            while not self._is_known():
+                assert time.monotonic() < deadline_s
+                time.sleep(0.001)
+            self._clock.go(1500.0)
+
+    def _is_known(self) -> bool:
+        pending = self._coordinators[0]._pending.get(self._name) if self._coordinators else None
+        return pending is not None and len(pending.announcements) == self._number
+
+
+def test_time_limit_names_operation_and_missing_ranks_and_ends_everything(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Rank 0 has all the time to say so.
+    monkeypatch.setattr(stalls_module, "_GRACE_S", 1e9)
+
     def body(negotiator: Negotiator) -> None:
         if negotiator.comm.rank == 2:
             assert others_have_failed.wait(HANG_S)
             error = error_of(start(negotiator, "a", [1.0]))
         else:
-            error = error_of(start(negotiator, "a", [1.0]))
+            handle = start(negotiator, "a", [1.0])
+            lateness.take_part(negotiator)
+            error = error_of(handle)
             together.wait(HANG_S)
             others_have_failed.set()
         assert isinstance(error, CommTimeoutError)
-        assert "a was not started by ranks [2] within 0.2 s" in str(error)
+        assert "a was not started by ranks [2] within 1000 s" in str(error)
         # A later operation of that name does not meet what is left of this one.
         assert isinstance(error_of(start(negotiator, "a", [1.0])), CommTimeoutError)
 
+    lateness = Lateness(clock, "a", 2)
     others_have_failed = threading.Event()
     together = threading.Barrier(2)
-    run(3, body, SETTINGS.replace(timeout_s=0.2))
+    run(3, body, SETTINGS.replace(timeout_s=1000.0))
 
 
 @pytest.mark.parametrize("limit", ["timeout_s", "stall_shutdown_s"])
-def test_limits_hold_when_rank_0_decides_nothing(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+def test_limits_hold_when_rank_0_decides_nothing(monkeypatch: pytest.MonkeyPatch, clock: Clock, limit: str) -> None:
     monkeypatch.setattr(stalls_module, "_GRACE_S", 0.1)
 
     def body(negotiator: Negotiator) -> None:
         if negotiator.comm.rank == 0:
             # As if the interpreter were held up in foreign code.
             negotiator.comm.engine._thread._services._listeners._references.clear()
+            is_held_up.set()
             assert given_up.wait(HANG_S)
             error = error_of(start(negotiator, "a", [1.0]))
             assert "rank 1 has given up" in str(error)
         else:
-            error = error_of(start(negotiator, "a", [1.0]))
+            assert is_held_up.wait(HANG_S)
+            handle = start(negotiator, "a", [1.0])
+            clock.go(1500.0)
+            error = error_of(handle)
             assert isinstance(error, CommTimeoutError)
-            assert "was not decided by rank 0 within 0.3 s" in str(error)
+            assert "was not decided by rank 0 within 1000.1 s" in str(error)
             assert f"raise MPITRAIN_{limit.upper()}" in str(error)
             given_up.set()
 
-    given_up = threading.Event()
-    run(2, body, SETTINGS.replace(**{limit: 0.2}))
+    is_held_up, given_up = threading.Event(), threading.Event()
+    run(2, body, SETTINGS.replace(**{limit: 1000.0}))
 
 
 @pytest.mark.parametrize("missing", [0, 1])
@@ -358,20 +404,28 @@ def test_stall_warning_names_operation_and_ranks_again_and_again(
 
 
 @pytest.mark.parametrize("missing", [0, 2])
-def test_stall_shutdown_ends_everything_on_the_group(missing: int) -> None:
+def test_stall_shutdown_ends_everything_on_the_group(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, missing: int
+) -> None:
+    monkeypatch.setattr(stalls_module, "_GRACE_S", 1e9)
+
     def body(negotiator: Negotiator) -> None:
         if negotiator.comm.rank == missing:
+            lateness.take_part(negotiator)
             # It waits for something else of the group, which the others will never call.
             with pytest.raises(CommError, match=r"(left|given up).* was not started by ranks"):
                 negotiator.group.barrier()
             error = error_of(start(negotiator, "a", [1.0]))
         else:
-            error = error_of(start(negotiator, "a", [1.0]))
+            handle = start(negotiator, "a", [1.0])
+            lateness.take_part(negotiator)
+            error = error_of(handle)
         assert isinstance(error, CommTimeoutError)
-        assert f"a was not started by ranks [{missing}] within 1 s" in str(error)
+        assert f"a was not started by ranks [{missing}] within 1000 s" in str(error)
         assert "or raise MPITRAIN_STALL_SHUTDOWN_S" in str(error)
 
-    run(3, body, SETTINGS.replace(stall_shutdown_s=1.0))
+    lateness = Lateness(clock, "a", 2)
+    run(3, body, SETTINGS.replace(stall_shutdown_s=1000.0))
 
 
 def test_nothing_keeps_a_negotiator_that_is_gone() -> None:
@@ -631,7 +685,7 @@ def test_what_waits_behind_a_refusal_ends_with_the_group() -> None:
 
 
 @pytest.mark.parametrize("odd", [0, 1])
-def test_a_refusal_of_one_rank_does_not_end_the_group(odd: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_refusal_of_one_rank_does_not_end_the_group(odd: int, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     """The others never start it, and go on with something else for longer than a stalled operation may last."""
 
     def body(negotiator: Negotiator) -> None:
@@ -639,14 +693,17 @@ def test_a_refusal_of_one_rank_does_not_end_the_group(odd: int, caplog: pytest.L
             negotiator.refuse("a", "allreduce", "ValueError: not today")
         for index in range(40):
             assert wait(start(negotiator, f"b{index}", [1.0])) == [2.0]
-            time.sleep(0.02)
+            if negotiator.comm.rank == 0:
+                # One operation at most is under way meanwhile.
+                clock.now_s += 20.0
+                negotiator.attend()
         # It is still an error for whoever starts it.
         if negotiator.comm.rank != odd:
             assert "not today" in str(error_of(start(negotiator, "a", [1.0])))
         assert wait(start(negotiator, "a", [1.0])) == [2.0]
 
     with caplog.at_level(logging.WARNING, "mpitrain"):
-        run(2, body, SETTINGS.replace(stall_warning_s=0.1, stall_shutdown_s=0.3))
+        run(2, body, SETTINGS.replace(stall_warning_s=100.0, stall_shutdown_s=300.0))
     lines = [record.getMessage() for record in caplog.records]
     refusal = f"refused by rank {odd}: ValueError: not today"
     assert lines == [f"r0/2 | a: not started, as it was {refusal}; ranks [{1 - odd}] have not called it"]

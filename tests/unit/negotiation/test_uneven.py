@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -18,6 +19,9 @@ from mpitrain.comm import Transport, run_ranks
 from mpitrain.config import Settings
 from mpitrain.errors import CollectiveError, RankFailedError
 from mpitrain.negotiation import Negotiator
+from mpitrain.negotiation import dialogue as dialogue_module
+from mpitrain.negotiation import negotiator as negotiator_module
+from tests.support.clocks import Clock
 from tests.support.limits import HANG_S
 
 SETTINGS = Settings(wait="sleep")
@@ -241,9 +245,9 @@ def test_steps_that_nobody_negotiates_go_on_without_ranks_that_have_joined(size:
     run(size, body)
 
 
-def attend_until(negotiator: Negotiator, is_over: Callable[[], object], limit_s: float = HANG_S) -> None:
+def attend_until(negotiator: Negotiator, is_over: Callable[[], object]) -> None:
     """Look for what other ranks have said, as who waits for something else does."""
-    deadline_s = time.monotonic() + limit_s
+    deadline_s = time.monotonic() + HANG_S
     while not is_over() and time.monotonic() < deadline_s:
         negotiator.attend()
         negotiator.comm.engine.advance_all()
@@ -278,9 +282,20 @@ def test_a_rank_does_not_stand_in_for_a_step_that_it_has_made(size: int) -> None
 
 @pytest.mark.parametrize("size", [3, 4])
 @pytest.mark.parametrize("early", [0, 1])
-def test_a_step_that_is_announced_late_is_not_waited_for_when_it_has_ended(size: int, early: int) -> None:
+def test_a_step_that_is_announced_late_is_not_waited_for_when_it_has_ended(
+    size: int, early: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One rank is through with a step before it learns of a rank that has joined, the others announce it."""
     ended: list[int] = []
+    clock = Clock()
+    for module in (negotiator_module, dialogue_module):
+        monkeypatch.setattr(module, "time", clock)
+    busy = threading.Barrier(size - 1)
+
+    def attend_often(negotiator: Negotiator) -> None:
+        for _ in range(20):
+            negotiator.attend()
+            negotiator.comm.engine.advance_all()
 
     def body(negotiator: Negotiator) -> None:
         rank = negotiator.comm.rank
@@ -296,9 +311,14 @@ def test_a_step_that_is_announced_late_is_not_waited_for_when_it_has_ended(size:
         if rank < size - 1:
             # All are busy with something else for longer than a stalled operation may last.
             attend_until(negotiator, lambda: len(ended) == size)
-            attend_until(negotiator, lambda: False, 0.6)
+            attend_often(negotiator)
+            if busy.wait(HANG_S) == 0:
+                clock.now_s += 600.0
+            busy.wait(HANG_S)
+            attend_often(negotiator)
+            busy.wait(HANG_S)
             assert maker.step(rank + 1.0) == sum(range(1, size))
             assert not negotiator._in_flight.awaits_decision
         join(negotiator)
 
-    run(size, body, SETTINGS.replace(stall_warning_s=0.1, stall_shutdown_s=0.3))
+    run(size, body, SETTINGS.replace(stall_warning_s=100.0, stall_shutdown_s=300.0))
