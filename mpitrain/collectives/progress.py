@@ -170,11 +170,15 @@ class ProgressEngine:
         try:
             return drive(task, spin=self.spin_waiting)
         finally:
-            ended_ns = time.monotonic_ns()
-            # No lock: this is the path of calls that take microseconds.
-            self._clock.book_blocking((ended_ns - began_ns) * 1e-9)
-            if self.recorder is not None:
-                self.recorder.add(_WAIT, began_ns, ended_ns)
+            self.book_blocking(began_ns)
+
+    def book_blocking(self, began_ns: int) -> None:
+        """Count the time since then, by the monotonic clock, as one in which the caller was held up."""
+        ended_ns = time.monotonic_ns()
+        # No lock: this is the path of calls that take microseconds.
+        self._clock.book_blocking((ended_ns - began_ns) * 1e-9)
+        if self.recorder is not None:
+            self.recorder.add(_WAIT, began_ns, ended_ns)
 
     @contextlib.contextmanager
     def _as_caller(self) -> Iterator[None]:

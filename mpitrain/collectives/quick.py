@@ -62,16 +62,21 @@ class Quick(abc.ABC):
         self._digest = digest_of(description)
         self._polls = _POLLS if caller.engine.spin_waiting else 1
 
-    def run(self, data: NDArray[Any], result: NDArray[Any] | None = None) -> NDArray[Any]:
+    def run(self, data: NDArray[Any], result: NDArray[Any] | None = None) -> NDArray[Any] | None:
         """Reduce `data` into a contiguous `result`, which may be the same, or a new array if left out; return it.
+
+        None if there is no room for a new array: the general way tells the other ranks.
 
         Raises:
             CollectiveMismatchError, CommError: As every collective.
         """
+        try:
+            total = np.empty(data.shape, data.dtype) if result is None else result
+        except MemoryError:
+            return None
         began_ns = 0 if self._caller.engine.recorder is None else time.monotonic_ns()
         index = self._begin()
         try:
-            total = np.empty(data.shape, data.dtype) if result is None else result
             flat = data.reshape(-1)
             self._reduce(flat, flat if total is data else total.reshape(-1), index)
         except BaseException as error:

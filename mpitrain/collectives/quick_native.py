@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from numpy.typing import NDArray
@@ -46,7 +47,9 @@ class QuickNative(Quick):
             raise
         if not order.may_start(ticket):
             self._caller.drive(self._turn(ticket), self._description, index)
+        began_ns = time.monotonic_ns()
         self._allreduce(total, self._reduction.dtype, self._reduction.op, blocking=True)
+        self._caller.engine.book_blocking(began_ns)
         # Not where it has failed since: a later collective would take the turn of this one on the other ranks.
         order.give_back(ticket)
         self._reduction.finish(total)

@@ -73,7 +73,9 @@ class Collectives(abc.ABC):
                 except (KeyError, TypeError):
                     pass
                 else:
-                    return quick.run(array)  # it is copied, so it may lie as it likes
+                    result = quick.run(array)  # it is copied, so it may lie as it likes
+                    if result is not None:
+                        return result
             else:
                 found, _ = self._quick.find(array, op, algorithm, in_place=False)
                 if found is not None:

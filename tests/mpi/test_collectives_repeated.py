@@ -127,3 +127,34 @@ def test_a_time_limit_holds_for_repeated_native_calls(comm):
         limited.allreduce_(np.ones(1000), algorithm="native")
     assert not limited._quick.of_arrays_in_place  # they go the way on which waiting can end
     limited.free()
+
+
+@pytest.mark.mpi(min_size=2)
+def test_no_room_for_a_result_is_a_matter_of_the_general_way(comm, monkeypatch):
+    array = content(comm.rank, (1000,), "float64")
+    expected = sum(content(rank, (1000,), "float64") for rank in range(comm.size))
+    comm.allreduce(array, algorithm="native")
+    if comm.rank == 1:
+
+        def lacking(*_arguments):
+            raise MemoryError("out of memory")
+
+        monkeypatch.setattr("mpitrain.collectives.quick.np.empty", lacking)
+        monkeypatch.setattr("mpitrain.collectives.operations.allreduce.copy_of", lacking)
+    caught = outcome(lambda: comm.allreduce(array, algorithm="native"))
+    assert isinstance(caught, MemoryError if comm.rank == 1 else CollectiveMismatchError), caught
+    assert "out of memory" in str(caught)
+    monkeypatch.undo()
+    np.testing.assert_array_equal(comm.allreduce(array, algorithm="native"), expected)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_repeated_native_calls_count_as_time_held_up(comm):
+    array = np.ones(1 << 20)
+    comm.allreduce_(array, algorithm="native")
+    before = comm.engine.counters
+    comm.allreduce_(array, algorithm="native")
+    after = comm.engine.counters
+    assert after.operations - before.operations == 1
+    assert after.nbytes - before.nbytes == array.nbytes
+    assert after.exposed_s > before.exposed_s
