@@ -16,7 +16,8 @@ class Clock:
     """
 
     def __init__(self) -> None:
-        self.now_s = 1000.0
+        # Later than what the module under test may have noted by the real clock before.
+        self.now_s = time.monotonic() + 1000.0
         self._end_s = 0.0
         self._step_s = 0.0
 
