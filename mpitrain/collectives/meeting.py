@@ -50,6 +50,14 @@ class Meeting:
         rank: This rank on the node.
         offset_nbytes: Where its part of the block begins.
         slot_nbytes: Size of the largest array that can be brought along; a multiple of 16.
+
+    Attributes:
+        rank, slot_nbytes: The same.
+        number: Of the meeting to which this rank has come last. They ascend, with gaps: see `pass_by`.
+        own: This rank's flags, as integers; the line of slot s begins at s * LINE with the number, the digest at DIGEST
+            in it.
+        others: Those of the other ranks.
+        fence, needs_fence: Of the block.
     """
 
     def __init__(self, block: SharedBlock, rank: int, offset_nbytes: int, slot_nbytes: int) -> None:
@@ -63,7 +71,6 @@ class Meeting:
         self.own = flags[rank]
         self.others = [each for index, each in enumerate(flags) if index != rank]
         self._ranks_of_others = [index for index in range(len(flags)) if index != rank]
-        # Meetings are numbered in ascending order, with gaps: see `pass_by`.
         self.number = 0
 
     def parts(self, storage: np.dtype[Any], count: int) -> list[list[NDArray[Any]]]:

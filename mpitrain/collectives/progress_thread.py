@@ -49,11 +49,6 @@ class ProgressThread:
         self.is_closed = False
 
     @property
-    def is_started(self) -> bool:
-        """Whether there is a thread."""
-        return self._thread is not None
-
-    @property
     def is_current(self) -> bool:
         """Whether it is this thread that calls."""
         return threading.current_thread() is self._thread

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpitrain.collectives.quick import Quick
-from mpitrain.memory import SharedArray
+from mpitrain.memory import SharedArray, copy_of, flat_view
 from mpitrain.memory.loaded import loaded_torch
 
 __all__ = ["QuickCalls"]
@@ -30,11 +30,29 @@ class QuickCalls:
         self.of_arrays_in_place: dict[Any, Quick] = {}
         self._of_others: dict[Any, Quick] = {}
 
-    def find(self, array: Any, op: Any, algorithm: str, *, in_place: bool) -> tuple[Quick | None, Any]:
-        """Return how to reduce `array`, which is no NumPy array, and a view of it as a flat one.
+    def reduced(self, array: Any, op: Any, algorithm: str) -> Any:
+        """Return the reduction of an array that is no NumPy array; None where it has to go the general way."""
+        quick, _ = self._find(array, op, algorithm, in_place=False)
+        if quick is None:
+            return None
+        try:
+            result = copy_of(array)
+        except MemoryError:
+            return None  # the general way tells the others
+        data = flat_view(result).data
+        quick.run(data, data)
+        return result
 
-        None where it has to go the general way.
-        """
+    def reduce(self, array: Any, op: Any, algorithm: str) -> bool:
+        """Reduce an array that is no NumPy array in place; whether that was done, else it has to go the general way."""
+        quick, data = self._find(array, op, algorithm, in_place=True)
+        if quick is None:
+            return False
+        quick.run(data, data)
+        return True
+
+    def _find(self, array: Any, op: Any, algorithm: str, *, in_place: bool) -> tuple[Quick | None, Any]:
+        """Return how to reduce `array`, and a view of it as a flat NumPy array."""
         kind: Any = type(array)
         if kind is SharedArray:
             kind = array.place

@@ -13,12 +13,13 @@ from mpitrain.collectives.plan import Plan
 from mpitrain.collectives.progress import Handle
 from mpitrain.collectives.quick import Quick
 from mpitrain.collectives.quick_calls import QuickCalls
-from mpitrain.memory import ReduceOp, copy_of, flat_view
+from mpitrain.memory import ReduceOp
 
 __all__ = ["Collectives"]
 
 Result = TypeVar("Result")
 
+# At hand, as it is looked up in each call.
 _ndarray = np.ndarray
 
 
@@ -77,11 +78,8 @@ class Collectives(abc.ABC):
                     if result is not None:
                         return result
             else:
-                found, _ = self._quick.find(array, op, algorithm, in_place=False)
-                if found is not None:
-                    result = copy_of(array)
-                    data = flat_view(result).data
-                    found.run(data, data)
+                result = self._quick.reduced(array, op, algorithm)
+                if result is not None:
                     return result
         return self._run(operations.plan_allreduce, array, op=op, algorithm=algorithm, parts=parts)
 
@@ -103,11 +101,8 @@ class Collectives(abc.ABC):
                 else:
                     if array.flags.carray:
                         return quick.run(array, array)
-            else:
-                found, data = self._quick.find(array, op, algorithm, in_place=True)
-                if found is not None:
-                    found.run(data, data)
-                    return array
+            elif self._quick.reduce(array, op, algorithm):
+                return array
         return self._run(operations.plan_allreduce, array, op=op, algorithm=algorithm, parts=parts, in_place=True)
 
     def allreduce_async(self, array: Any, **options: Any) -> Handle[Any]:

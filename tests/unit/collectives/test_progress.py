@@ -62,7 +62,7 @@ def test_task_that_ends_at_once_needs_no_thread(engine):
     handle = engine.start(steps(result=3))
     assert handle.done
     assert handle.wait() == 3
-    assert not engine._thread.is_started
+    assert engine._thread._thread is None
 
 
 def test_first_step_runs_in_the_caller(engine):

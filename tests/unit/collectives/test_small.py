@@ -364,3 +364,38 @@ def test_memory_that_one_rank_lacks_for_a_result_ends_the_next_call_of_the_other
     for outcomes in (first, third):
         assert isinstance(outcomes[1], CommRevokedError)
         assert "out of memory" in str(outcomes[1])
+
+
+@pytest.mark.parametrize("kind", ["a tensor", "a shared array"])
+def test_memory_that_one_rank_lacks_for_a_copy_of_what_is_no_numpy_array_is_an_error_on_every_rank(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poor: list[int] = []
+    for place in ("mpitrain.collectives.quick_calls.copy_of", "mpitrain.collectives.operations.allreduce.copy_of"):
+
+        def lacking(array: Any) -> Any:
+            if threading.get_ident() in poor:
+                raise MemoryError("out of memory")
+            return mpitrain.memory.copy_of(array)
+
+        monkeypatch.setattr(place, lacking)
+
+    def body(comm: Communicator) -> list[object]:
+        array = torch.ones(3) if kind == "a tensor" else comm.allocate(3, "float32")
+
+        def call() -> object:
+            return comm.allreduce(array, algorithm="direct")
+
+        call()
+        comm.barrier()
+        if comm.rank == 1:
+            poor.append(threading.get_ident())
+        first = outcome(call)
+        poor.clear()
+        return [first, outcome(call)]
+
+    results = run_communicators(3, body, settings=SETTINGS)
+    for rank, (first, second) in enumerate(results):
+        assert isinstance(first, MemoryError if rank == 1 else CollectiveMismatchError), first
+        assert "out of memory" in str(first)
+        assert not isinstance(second, BaseException), second
