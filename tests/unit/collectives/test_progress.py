@@ -197,6 +197,18 @@ def test_operations_started_and_awaited_by_many_threads(engine):
     assert engine._active == []
 
 
+def comes_to_take_less_of_a_core_than(engine, share):
+    """Whether the engine's own thread does, once the time is over for which polling is worth while.
+
+    On a busy machine that time begins late.
+    """
+    deadline_s = time.monotonic() + HANG_S
+    while share_of_a_core(engine) >= share:
+        if time.monotonic() > deadline_s:
+            return False
+    return True
+
+
 def share_of_a_core(engine):
     """How much of a core the engine's own thread takes, which the load of the machine can only lessen."""
     clock = time.pthread_getcpuclockid(engine._thread._thread.ident)
@@ -210,7 +222,7 @@ def share_of_a_core(engine):
 def test_idle_engine_uses_no_processor_time(spin):
     engine = ProgressEngine(spin_background=spin, spin_waiting=spin)
     engine.start(steps(False, result=1)).wait(HANG_S)
-    assert share_of_a_core(engine) < 0.2
+    assert comes_to_take_less_of_a_core_than(engine, 0.2)
     engine.close()
 
 
@@ -219,9 +231,7 @@ def test_engine_that_waits_for_peers_leaves_the_core_to_others(spin):
     engine = ProgressEngine(spin_background=spin)
     never = threading.Event()
     engine.start(until(never))
-    # Past the time for which polling is worth while.
-    time.sleep(0.2)
-    assert share_of_a_core(engine) < 0.6
+    assert comes_to_take_less_of_a_core_than(engine, 0.6)
     never.set()
     engine.close()
 
