@@ -1,5 +1,7 @@
 """Collectives of other libraries on the same buffers: MPI as mpi4py calls it, and torch.distributed on Gloo or NCCL.
 
+Also our own named operations, which are matched by name whatever the order in which ranks start them.
+
 Where a result does not replace what was brought, a rival writes it into an array that is made once, as its users would.
 """
 
@@ -7,7 +9,8 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,7 +24,7 @@ __all__ = ["RIVALS", "Rival", "process_group", "rivals_named"]
 
 Call = Callable[[], Any]
 
-RIVALS = ("mpi", "gloo", "nccl")
+RIVALS = ("mpi", "gloo", "nccl", "hvd")
 """What our algorithms can be compared with."""
 
 # What every version of Gloo and NCCL knows.
@@ -132,6 +135,33 @@ class _Torch:
         return _returning(out, calls[use.collective])
 
 
+class _Named:
+    """The named operations of `mpitrain.torch`, which has to be initialised for as long as this is used."""
+
+    name = "hvd"
+
+    def call(self, operation: Operation) -> Call | None:
+        import torch
+
+        import mpitrain.torch as hvd
+
+        use, op = operation.use, operation.op
+        if operation.dtype.name not in _TORCH_DTYPES:
+            return None
+        array = operation.array
+        tensor = torch.from_numpy(array) if isinstance(array, np.ndarray) else array
+        if not isinstance(tensor, torch.Tensor):
+            tensor = tensor.tensor()
+        calls: dict[str, Call] = {
+            "allreduce": lambda: (hvd.allreduce_ if use.in_place else hvd.allreduce)(tensor, op=op, name="bench"),
+            "broadcast": lambda: hvd.broadcast_(tensor, 0, name="bench"),
+            "reduce_scatter": lambda: hvd.reducescatter(tensor, op=op, name="bench"),
+            "allgather": lambda: hvd.allgather(tensor, name="bench"),
+            "alltoall": lambda: hvd.alltoall(tensor, name="bench"),
+        }
+        return calls[use.collective]
+
+
 def _returning(result: Any, call: Call) -> Call:
     def call_and_return() -> Any:
         call()
@@ -156,16 +186,32 @@ def rivals_named(names: Sequence[str], comm: Communicator) -> Iterator[list[Riva
         if name not in RIVALS:
             raise ValueError(f"compare: unknown library, got {name!r}; use {', '.join(RIVALS)}")
     rivals: list[Rival] = [_MPI()] if "mpi" in names else []
-    if not {"gloo", "nccl"} & set(names):
-        yield rivals
-        return
-    with process_group(comm):
+    with ExitStack() as stack:
+        if {"gloo", "nccl"} & set(names):
+            stack.enter_context(process_group(comm))
         if "gloo" in names:
             rivals.append(_Torch("Gloo"))
         if "nccl" in names:
             _check_nccl()
             rivals.append(_Torch("NCCL"))
+        if "hvd" in names:
+            stack.enter_context(_named_operations(comm))
+            rivals.append(_Named())
         yield rivals
+
+
+@contextmanager
+def _named_operations(comm: Communicator) -> Iterator[None]:
+    problem = "" if find_spec("torch") else "hvd: needs torch, which is not installed; pip install mpitrain[torch]"
+    if found := next(filter(None, comm.allgather_obj(problem)), ""):
+        raise UnavailableError(found)
+    import mpitrain.torch as hvd
+
+    hvd.init(settings=comm.settings)
+    try:
+        yield
+    finally:
+        hvd.shutdown()
 
 
 @contextmanager

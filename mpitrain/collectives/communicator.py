@@ -16,6 +16,7 @@ from mpitrain.collectives.departure import watch_exit
 from mpitrain.collectives.objects import ObjectCollectives
 from mpitrain.collectives.observer import Observer
 from mpitrain.collectives.on_device import DeviceArrays
+from mpitrain.collectives.optional_meeting import OptionalMeeting
 from mpitrain.collectives.persistent import PersistentPlan
 from mpitrain.collectives.plan import Plan
 from mpitrain.collectives.progress import Handle, ProgressEngine
@@ -204,6 +205,17 @@ class Communicator(ObjectCollectives, Allocation):
         if transport.native is not None:
             watch_exit(made)
         return made
+
+    def make_optional_meeting(self, slot_nbytes: int) -> OptionalMeeting | None:
+        """Make a place where ranks of one node meet if all come by themselves. Every rank must call.
+
+        Args:
+            slot_nbytes: Size of the largest array that is brought along; a multiple of 16.
+
+        Returns:
+            None, on all ranks, where they are on several nodes or share no memory.
+        """
+        return self._context.make_optional_meeting(slot_nbytes)
 
     def free_with(self, owner: object, free: Free) -> None:
         """Have `free`, which must not refer to it, called after `owner` is dead on all ranks. Every rank must call."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,15 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpitrain.collectives.across import AcrossNodes
+from mpitrain.collectives.call_order import CallOrder
 from mpitrain.collectives.choice import AlgorithmChoice
 from mpitrain.collectives.device_direct import DeviceRun, device_allreduce
 from mpitrain.collectives.direct import Across, shared_allreduce, staged_allreduce
 from mpitrain.collectives.executor import Task, execute
 from mpitrain.collectives.gate import Finish
 from mpitrain.collectives.layout import Layout
+from mpitrain.collectives.meeting import meeting_nbytes
 from mpitrain.collectives.node import FlagUsers, Node, make_node
 from mpitrain.collectives.node_memory import NodeMemory
 from mpitrain.collectives.observed import ObservedAcross, observed_node
+from mpitrain.collectives.optional_meeting import OptionalMeeting
 from mpitrain.collectives.plan import Call
 from mpitrain.collectives.program import Program, compile_program
 from mpitrain.collectives.reclaim import Free, Reclaimer
@@ -27,6 +30,7 @@ from mpitrain.collectives.selection import DIRECT, HIERARCHICAL, Available, choo
 from mpitrain.collectives.table import Shape, Table
 from mpitrain.comm import Request, Topology, Transport
 from mpitrain.config import Settings
+from mpitrain.errors import UnavailableError
 from mpitrain.memory import (
     DType,
     NodeArray,
@@ -41,40 +45,9 @@ from mpitrain.memory import (
 from mpitrain.memory.device import is_done
 from mpitrain.schedules import find_algorithm
 
-__all__ = ["CallOrder", "Context"]
+__all__ = ["Context"]
 
-
-class CallOrder:
-    """Lets what calls have in common be used in the order of the calls, which is the same on all ranks.
-
-    An operation that the progress thread advances may get to the point where it needs its turn late.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._issued = 0
-        self._current = 0
-        self._left: set[int] = set()
-
-    def take_ticket(self) -> int:
-        """Return the next ticket; every rank takes them in the same order."""
-        with self._lock:
-            self._issued += 1
-            return self._issued - 1
-
-    def may_start(self, ticket: int) -> bool:
-        """Whether all earlier tickets have been given back."""
-        return ticket <= self._current
-
-    def give_back(self, ticket: int) -> None:
-        """The turn is over, or never comes; further calls with this ticket change nothing."""
-        with self._lock:
-            if ticket < self._current:
-                return
-            self._left.add(ticket)
-            while self._current in self._left:
-                self._left.remove(self._current)
-                self._current += 1
+_log = logging.getLogger("mpitrain")
 
 
 class Context:
@@ -182,6 +155,18 @@ class Context:
     def shares(self, array: Any) -> bool:
         """Whether an array lies in memory that exactly the ranks of this communicator share, in their order."""
         return isinstance(array, NodeArray) and array.place is not None and array.place.sharers is self.memory.sharers
+
+    def make_optional_meeting(self, slot_nbytes: int) -> OptionalMeeting | None:
+        """Make a place for meetings of their own; every rank must call. None where the ranks do not meet."""
+        if self.node is None or self.meeting is None:
+            return None
+        try:
+            block = self.node.allocate(meeting_nbytes(slot_nbytes))
+        except UnavailableError as error:
+            if self.rank == 0:
+                _log.warning("%s; small named operations ask rank 0 instead, which is slower", error)
+            return None
+        return OptionalMeeting(block, self.node.rank, 0, slot_nbytes)
 
     @property
     def flag_users(self) -> FlagUsers:

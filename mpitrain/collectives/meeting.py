@@ -19,16 +19,16 @@ from mpitrain.collectives.executor import Task
 from mpitrain.errors import CollectiveMismatchError
 from mpitrain.memory import SharedBlock
 
-__all__ = ["DIGEST", "LINE", "Meeting", "meeting_nbytes"]
+__all__ = ["DIGEST", "LINE", "NEXT", "Meeting", "meeting_nbytes"]
 
 _NUM_SLOTS = 2
 # Every flag has a cache line of its own: number and digest of one meeting, the number of one that has ended; then the
-# number before which there is none that this rank has not come to yet.
+# number of the first meeting that this rank may still come to.
 _LINE_NBYTES = 64
 LINE = _LINE_NBYTES // 8
 DIGEST = 1
 _ENDED = _NUM_SLOTS * LINE
-_PASSED = 2 * _NUM_SLOTS * LINE
+NEXT = 2 * _NUM_SLOTS * LINE
 _FLAGS_NBYTES = 4096
 # Between two looks whether a rank that is waited for will not come.
 _POLLS = 16
@@ -115,20 +115,30 @@ class Meeting:
         while not self.is_complete():
             polls += 1
             if polls % _POLLS == 0:
-                self._refuse_to_wait_in_vain()
-            yield False
-
-    def _refuse_to_wait_in_vain(self) -> None:
-        index, number = self.slot * LINE, self.number
-        for rank, flags in zip(self._ranks_of_others, self.others, strict=True):
-            if flags[_PASSED] > number:
-                # In this order: who has come before passing another one by is seen to have come.
-                self.fence()
-                if flags[index] != number:
+                rank = self.find_absent()
+                if rank is not None:
                     raise CollectiveMismatchError(
                         f"collective: rank {rank} has called an asynchronous form where this rank waits in a blocking "
                         "one; call the same form on every rank"
                     )
+            yield False
+
+    def find_absent(self) -> int | None:
+        """Return a rank that has not come and never will; None if there is none, or not yet."""
+        index, number = self.slot * LINE, self.number
+        for rank, flags in zip(self._ranks_of_others, self.others, strict=True):
+            if flags[NEXT] > number:
+                # In this order: who has come before passing another one by is seen to have come.
+                self.fence()
+                if flags[index] != number:
+                    return rank
+        return None
+
+    def missing(self) -> list[int]:
+        """Return the ranks that have not come yet."""
+        index, number = self.slot * LINE, self.number
+        others = zip(self._ranks_of_others, self.others, strict=True)
+        return [rank for rank, flags in others if flags[index] != number]
 
     def pass_by(self) -> None:
         """Note an operation without a meeting; every rank must, in its place among all."""
@@ -136,7 +146,7 @@ class Meeting:
         self.number = number = self.number + _NUM_SLOTS
         # Whoever sees that sees where this rank has come before.
         self.fence()
-        self.own[_PASSED] = number
+        self.own[NEXT] = number + 1
 
     def agrees(self) -> bool:
         """Whether all brought the digest that this rank brought; for a meeting that is complete."""

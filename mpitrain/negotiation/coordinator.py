@@ -56,6 +56,7 @@ class Coordinator:
         self._pending: dict[str, _Pending] = {}
         self._complete: list[str] = []
         self._left: dict[int, str] = {}
+        self._closing: Decision | None = None
         # In the order in which they joined; and whether the ranks do not know of one yet.
         self._joined: list[int] = []
         self._is_untold = False
@@ -91,9 +92,13 @@ class Coordinator:
         """Note that a rank takes part in nothing any more."""
         self._left[rank] = reason
 
+    def close(self, closing: Decision) -> None:
+        """Note that a rank has seen why nothing can go on."""
+        self._closing = closing
+
     def decide(self) -> list[Decision]:
         """Take what is ready, and what can never be, as decisions for all ranks."""
-        if self._left:
+        if self._left or self._closing is not None:
             return self._end()
         decisions: list[Decision] = []
         if self._is_untold and len(self._joined) < self._size:
@@ -127,10 +132,12 @@ class Coordinator:
         leave a rank that starts a moment later waiting for a decision, if nobody looks for announcements any more.
         """
         reasons = [f"rank {rank} {reason}" for rank, reason in self._left.items()]
+        closing = self._closing or Decision((), reason="left", closed="; ".join(reasons))
         self._left = {}
+        self._closing = None
         self._pending = {}
         self._complete = []
-        return [Decision((), reason="left", closed="; ".join(reasons))]
+        return [closing]
 
     def overdue(self, limit_s: float, now_s: float) -> list[str]:
         """Return why everything has to end, if operations have been incomplete for longer than `limit_s`; one reason.

@@ -28,11 +28,14 @@ class Dialogue:
     Args:
         transport: Carries nothing else.
         settings: Of the group.
+
+    Attributes:
+        stalls: Looks after what waits for too long.
     """
 
     def __init__(self, transport: Transport, settings: Settings) -> None:
         self._transport = transport
-        self._stalls = StallWatch(settings, transport.rank, transport.size)
+        self.stalls = StallWatch(settings, transport.rank, transport.size)
         self._coordinator: Coordinator | None = None
         if transport.rank == _COORDINATOR:
             itemsizes = {name: dtype.itemsize for name, dtype in DTYPES.items()}
@@ -67,6 +70,17 @@ class Dialogue:
         else:
             self._transport.notify(_COORDINATOR, pickle.dumps(reason))
 
+    def tell_of_end(self, closing: Decision) -> None:
+        """Have all ranks end what is undecided, for what this rank has seen.
+
+        Raises:
+            CommError: It cannot be said.
+        """
+        if self._coordinator is not None:
+            self._broadcast([closing])
+        else:
+            self._transport.notify(_COORDINATOR, pickle.dumps(closing))
+
     def hear(self, waiting: Callable[[], Waiting]) -> tuple[bool, list[Decision]]:
         """Take what has come, and give up what waits for too long; for one thread at a time.
 
@@ -91,12 +105,14 @@ class Dialogue:
             message = pickle.loads(data)
             if isinstance(message, str):
                 coordinator.leave(rank, message)
+            elif isinstance(message, Decision):
+                coordinator.close(message)
             else:
                 coordinator.announce(rank, message, now_s)
         if own or notices:
             # More may be on the way: what becomes ready together is fused.
             return True, []
-        decisions = coordinator.decide() + self._stalls.inspect(coordinator, waiting, now_s)
+        decisions = coordinator.decide() + self.stalls.inspect(coordinator, waiting, now_s)
         if decisions:
             self._broadcast(decisions)
         return bool(decisions), decisions
@@ -110,9 +126,9 @@ class Dialogue:
     def _obey(self, waiting: Callable[[], Waiting]) -> tuple[bool, list[Decision]]:
         notices = self._transport.notices()
         decisions: list[Decision] = [decision for _, data in notices for decision in pickle.loads(data)]
-        if not notices and (reason := self._stalls.inspect_alone(waiting, time.monotonic())):
+        if not notices and (reason := self.stalls.inspect_alone(waiting, time.monotonic())):
             self.tell_of_leaving(f"has given up: {reason}")
-            decisions = [Decision((), reason=self._stalls.reason, closed=reason)]
+            decisions = [Decision((), reason=self.stalls.reason, closed=reason)]
         return bool(notices), decisions
 
     def free(self) -> None:

@@ -130,10 +130,10 @@ def _run_allreduce(comm: Communicator, entries: Sequence[Entry]) -> Task[list[Re
         buffer = _pack(sources, targets)
         if comm.engine.recorder is not None:
             comm.engine.recorder.add_step("pack", began_ns)
-        scale_input(buffer, announcement)
+        scale_input(buffer.data, buffer.dtype, announcement.prescale)
         # A fused buffer is one array to elementwise reductions only.
         counts = [source.count for source in sources] if announcement.op == "adasum" else None
-        parts.append(comm.allreduce_async_(buffer, op=op_to_run(announcement), parts=counts))
+        parts.append(comm.allreduce_async_(buffer, op=op_to_run(announcement.op), parts=counts))
         buffers.append((buffer, targets))
     return _finish_allreduce(comm, announcement, results, parts, buffers)
 
@@ -148,7 +148,7 @@ def _finish_allreduce(
     yield from all_results(parts)
     began_ns = time.monotonic_ns()
     for buffer, targets in buffers:
-        scale_result(buffer, announcement, comm.size)
+        scale_result(buffer.data, buffer.dtype, announcement.op, announcement.postscale, comm.size)
         _unpack(buffer, targets)
     if comm.engine.recorder is not None:
         comm.engine.recorder.add_step("unpack", began_ns)

@@ -122,8 +122,9 @@ def run_reduce_scatter(comm: Communicator, announcement: Announcement, arrays: S
             source = _side_by_side([views[index] for index in members], comm.size)
         elif announcement.prescale != 1.0:
             source = copy_of(source)
-        scale_input(flat_view(source), announcement)
-        parts.append(comm.reduce_scatter_async(source, op=op_to_run(announcement)))
+        view = flat_view(source)
+        scale_input(view.data, view.dtype, announcement.prescale)
+        parts.append(comm.reduce_scatter_async(source, op=op_to_run(announcement.op)))
     return _finish_reduce_scatter(comm, announcement, arrays, groups, parts)
 
 
@@ -140,7 +141,7 @@ def _finish_reduce_scatter(
         # The result of a buffer knows how elements are stored, not what they are.
         dtype = flat_view(arrays[members[0]]).dtype
         part = dataclasses.replace(flat_view(result, writable=True), dtype=dtype)
-        scale_result(part, announcement, comm.size)
+        scale_result(part.data, part.dtype, announcement.op, announcement.postscale, comm.size)
         if len(members) == 1:
             results[members[0]] = result
             continue

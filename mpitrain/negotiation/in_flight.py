@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
 
+from mpitrain.collectives.optional_meeting import OptionalMeeting
 from mpitrain.negotiation.announcement import Announcement, Decision
 from mpitrain.negotiation.execution import Entry
 from mpitrain.negotiation.failures import error_of_name
@@ -39,10 +40,13 @@ class InFlight:
 
     Args:
         announce: Tells rank 0 of one, as soon as its name is free.
+        meeting: Where small ones meet that are not announced. What is announced declines it, and what is decided begins
+            an era.
     """
 
-    def __init__(self, announce: Callable[[Announcement], None]) -> None:
+    def __init__(self, announce: Callable[[Announcement], None], meeting: OptionalMeeting | None = None) -> None:
         self._announce = announce
+        self._meeting = meeting
         # Guards all of the next lines.
         self._lock = threading.Lock()
         # Who holds them: an entry, or a reservation.
@@ -135,6 +139,8 @@ class InFlight:
 
     def _submit(self, entry: Entry) -> None:
         self._announce(entry.announcement)
+        if self._meeting is not None:
+            self._meeting.decline()
         if entry.announcement.problem:
             self._refusals.put(entry)
         else:
@@ -146,13 +152,69 @@ class InFlight:
         They wait for no decision any more. What was refused is not among them.
         """
         with self._lock:
-            return [entry for name in names if (entry := self._take(name))], self._stand_in
+            entries = [entry for name in names if (entry := self._take(name))]
+            if self._meeting is not None:
+                self._meeting.begin_era()
+                self._decline_if_busy(self._meeting)
+            return entries, self._stand_in
+
+    def _decline_if_busy(self, meeting: OptionalMeeting) -> None:
+        """Decline the next meeting if this rank has said that it takes another way, and is not through with it."""
+        if self._undecided or self._refusals.are_any or self._stand_in is not None:
+            meeting.decline()
 
     def _take(self, name: str) -> Entry | None:
         was_refused, following = self._refusals.decided(name)
         if following is not None:
             self._submit(following)
         return None if was_refused else self._undecided.pop(name, None)
+
+    # Operations that are not announced
+
+    def come(self, digest: int, bring: Callable[[int], None], on_start: Callable[[], None]) -> bool:
+        """Come to the next meeting, unless this rank has anything in flight or has declined; whether it has come.
+
+        Args:
+            digest: Of what it means.
+            bring: Leaves what it brings in a slot.
+            on_start: Called before anybody else can see it.
+        """
+        meeting = self._meeting
+        if meeting is None:
+            return False
+        with self._lock:
+            is_free = not (self._names or self._undecided or self._refusals.are_any)
+            if not is_free or self._stand_in or self._closing or meeting.is_waiting or meeting.is_declined:
+                return False
+            bring(meeting.next_slot)
+            on_start()
+            meeting.arrive(digest)
+            return True
+
+    def leave_meeting(self, *, took_place: bool) -> None:
+        """Leave a meeting that has taken place, or cannot."""
+        assert self._meeting is not None
+        with self._lock:
+            self._meeting.leave(took_place=took_place)
+            self._decline_if_busy(self._meeting)
+
+    def hold(self, entry: Entry) -> None:
+        """Hold the name of an operation that waits at a meeting, until `forget`."""
+        with self._lock:
+            self._names[entry.announcement.name] = entry
+
+    def announce_held(self, entry: Entry) -> Decision | None:
+        """Announce an operation that holds its name; if none can be any more, return why.
+
+        Raises:
+            CommError: It cannot be announced.
+        """
+        with self._lock:
+            if self._closing is None and not self._refusals.put_behind(entry):
+                self._submit(entry)
+            return self._closing
+
+    # What is not in flight any more
 
     def take_back(self, name: str) -> Entry | None:
         """Return an operation if it is not decided yet; it waits for no decision any more."""

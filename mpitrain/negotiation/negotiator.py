@@ -9,22 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mpitrain.collectives import Communicator, Handle, Task
+from mpitrain.collectives import Communicator, Handle
 from mpitrain.errors import CommError
 from mpitrain.memory import flat_view
 from mpitrain.negotiation.announcement import Announcement, Decision, tensors_of
 from mpitrain.negotiation.device_arrays import start_staged
 from mpitrain.negotiation.dialogue import Dialogue
-from mpitrain.negotiation.execution import Entry, Results, contiguous, neutral_entries, run_decision
-from mpitrain.negotiation.failures import as_collective_error, error_of, error_of_closing
+from mpitrain.negotiation.execution import Entry, Results, contiguous
+from mpitrain.negotiation.failures import error_of_closing
 from mpitrain.negotiation.in_flight import InFlight, Reservation, StandIn
 from mpitrain.negotiation.joining import JOIN, STEP, STEP_END, Steps, UnnamedOperations
+from mpitrain.negotiation.service import Service
+from mpitrain.negotiation.shortcut import Shortcut
 
 __all__ = ["Negotiator"]
 
@@ -50,12 +51,15 @@ class Negotiator:
         control = comm.transport.duplicate()
         comm.free_with(self, control.free)
         self._dialogue = Dialogue(control, comm.settings)
-        self._in_flight = InFlight(self._dialogue.announce)
+        meeting = self.comm.make_optional_meeting(Shortcut.slot_nbytes)
+        meeting = self.comm.make_optional_meeting(Shortcut.slot_nbytes)
+        self._in_flight = InFlight(self._dialogue.announce, meeting)
+        self._shortcut = None if meeting is None else Shortcut(self.comm, self._in_flight, meeting)
         self._unnamed = UnnamedOperations()
-        # Whoever starts an operation sees to it that somebody serves it.
-        self._lock = threading.Lock()
-        self._is_serving = False
         self.steps = Steps(_held_weakly(self._start_step), _held_weakly(self._end_step))
+        self._service = Service(
+            self._dialogue, self._in_flight, group=comm, comm=self.comm, steps=self.steps, unnamed=self._unnamed
+        )
         comm.before_leaving(self.leave)
         # A rank that waits for something else, or for nothing, learns of those that have joined; rank 0 also of those
         # that wait for a named operation which it has not started.
@@ -119,6 +123,54 @@ class Negotiator:
             self._in_flight.release(reservation)
             raise
 
+    def reduce(
+        self,
+        name: str,
+        array: Any,
+        *,
+        op: str,
+        prescale: float = 1.0,
+        postscale: float = 1.0,
+        in_place: bool = False,
+        on_start: Callable[[], None],
+    ) -> Results | Handle[Results] | None:
+        """All-reduce an array without an announcement, if that can be; see `shortcut`.
+
+        Args:
+            name: See `start`; likewise the others.
+            array: The only one of the operation.
+            op: See `Announcement`.
+            prescale: See `Announcement`.
+            postscale: See `Announcement`.
+            in_place: See `start`.
+            on_start: Called when the other ranks are about to count on this one.
+
+        Returns:
+            A list with the result; a handle of that if others do not come at once; None if the operation has to be
+            started.
+
+        Raises:
+            ValueError, TypeError: An array that cannot be communicated.
+        """
+        if self._shortcut is None:
+            return None
+        attempt = self._shortcut.attempt(
+            name, array, op=op, prescale=prescale, postscale=postscale, in_place=in_place, on_start=on_start
+        )
+        if attempt is None:
+            return None
+        try:
+            if attempt.is_met_soon():
+                return attempt.take()
+        except BaseException:
+            if attempt.is_undone:
+                # Interrupted, while others may be about to take what this rank has brought.
+                self._service.complete(attempt, in_place=in_place)
+            raise
+        finally:
+            attempt.note_wait()
+        return self._service.complete(attempt, in_place=in_place)
+
     def await_name(self, name: str) -> None:
         """Return when no operation of this name is in flight here."""
         if self._in_flight.holds(name):
@@ -157,7 +209,7 @@ class Negotiator:
     def _end_step(self, name: str) -> None:
         entry = self._in_flight.take_back(name)
         if entry is not None:
-            self._forget([entry])
+            self._service.forget([entry])
             with contextlib.suppress(CommError):
                 self._dialogue.announce(Announcement(name, STEP_END))
 
@@ -175,7 +227,7 @@ class Negotiator:
         if closing := self._in_flight.enter(entry, self.comm.engine.recorder, reservation):
             handle.reject(error_of_closing(name, closing))
         else:
-            self._be_served()
+            self._service.begin()
         return handle
 
     def next_name(self) -> str:
@@ -184,12 +236,11 @@ class Negotiator:
 
     def attend(self) -> None:
         """Look for what other ranks have said, though this one may have started nothing."""
-        if self._in_flight.closing is None:
-            self._be_served()
+        self._service.attend()
 
     def leave(self, reason: str) -> None:
         """End here: this rank takes part in no further operation. The others are told, so that none waits in vain."""
-        if self._close(Decision((), reason="left", closed=f"this rank {reason}")):
+        if self._service.close(Decision((), reason="left", closed=f"this rank {reason}")):
             # Whoever cannot be told learns it from the transport.
             with contextlib.suppress(CommError):
                 self._dialogue.tell_of_leaving(reason)
@@ -199,125 +250,6 @@ class Negotiator:
         """Release the communicators. Every rank must call, when no operation is in flight."""
         self._dialogue.free()
         self.comm.free()
-
-    # What the engine advances
-
-    def _be_served(self) -> None:
-        with self._lock:
-            if self._is_serving:
-                return
-            self._is_serving = True
-        self.comm.engine.start(self._serve(), "negotiation")
-
-    def _serve(self) -> Task[None]:
-        try:
-            while True:
-                moved, decisions = self._dialogue.hear(self._in_flight.waiting)
-                self._carry_out(decisions)
-                with self._lock:
-                    # What is entered from now on is served anew.
-                    is_waiting = self._in_flight.awaits_decision
-                    if not is_waiting and not moved:
-                        self._is_serving = False
-                        return
-                if is_waiting:
-                    yield moved
-        except (Exception, KeyboardInterrupt) as error:
-            # Nobody else would decide: without this, whoever waits here or elsewhere would wait for ever.
-            reason = f"has failed with {type(error).__name__}: {error}"
-            self._close(Decision((), reason="broken", closed=f"this rank {reason}"))
-            with contextlib.suppress(CommError):
-                self._dialogue.tell_of_leaving(reason)
-            raise
-
-    def _give_up(self, closing: Decision) -> None:
-        self._close(closing)
-        if closing.reason == "stalled":
-            # Whoever is missing may wait for the optimizer steps of the others: they end as well.
-            self.group.leave(f"has given up: {closing.closed}")
-
-    def _carry_out(self, decisions: list[Decision]) -> None:
-        recorder = self.comm.engine.recorder
-        if decisions and self._dialogue.decides and recorder is not None:
-            recorder.mark_cycle([name for decision in decisions for name in decision.names])
-        for decision in decisions:
-            if decision.closed:
-                self._give_up(decision)
-                continue
-            if not decision.names:
-                self.steps.note_absent(decision.absent)
-                continue
-            entries = self._entries_of(decision)
-            if not entries:
-                continue  # an error of what this rank never started, or has given up
-            for entry in entries:
-                entry.enter("in flight")
-            if decision.error:
-                self._fail(entries, error_of(decision))
-                continue
-            collective = entries[0].announcement.collective
-            if collective == JOIN:
-                self._end_join()
-            if collective in (JOIN, STEP):
-                self._forget(entries)
-                entries[0].handle.resolve([decision.last])
-                continue
-            try:
-                task = run_decision(self.comm, decision, entries)
-            except (ValueError, TypeError) as error:
-                # It has no meaning on any rank: all fail alike, and nothing was started.
-                self._fail(entries, error)
-                continue
-            except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  (the handles have it)
-                # The others may have started what this rank could not: their collectives match no longer.
-                self.comm.revoke(f"{decision.names[0]}: {type(error).__name__}: {error}")
-                self._fail(entries, as_collective_error(error))
-                continue
-            self.comm.engine.start(self._finish(task, entries), ", ".join(decision.names))
-
-    def _entries_of(self, decision: Decision) -> list[Entry]:
-        """Take the operations of a decision out of those that wait for one."""
-        entries, stand_in = self._in_flight.take(decision.names)
-        if entries or stand_in is None or self.comm.rank not in decision.absent:
-            return entries
-        first = decision.announced[0]
-        if first.collective == STEP:
-            stand_in(self.steps.stand_in_of(first.name))
-            return []
-        return neutral_entries(decision, self.comm.engine)
-
-    def _end_join(self) -> None:
-        self.steps.note_absent(())
-        self._unnamed.begin_anew()
-        self._in_flight.end_join()
-
-    def _finish(self, task: Task[list[Results]], entries: list[Entry]) -> Task[None]:
-        try:
-            results = yield from task
-        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  (the handles have it)
-            self._fail(entries, as_collective_error(error))
-            return
-        self._forget(entries)
-        for entry, result in zip(entries, results, strict=True):
-            entry.handle.resolve(result)
-
-    def _fail(self, entries: Sequence[Entry], error: BaseException) -> None:
-        self._forget(entries)
-        for entry in entries:
-            entry.handle.reject(error)
-
-    def _forget(self, entries: Sequence[Entry]) -> None:
-        """Free the names; before the handles are done, so that whoever waits for one may use its name again."""
-        self._in_flight.forget(entries)
-        for entry in entries:
-            entry.enter("")
-
-    def _close(self, closing: Decision) -> bool:
-        """End what is undecided, and all that will be started; whether that was not done before."""
-        is_first, entries = self._in_flight.close(closing)
-        for entry in entries:
-            self._fail([entry], error_of_closing(entry.announcement.name, closing))
-        return is_first
 
 
 def _held_weakly(method: Callable[[str], None]) -> Callable[[str], None]:

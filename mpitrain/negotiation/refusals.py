@@ -21,6 +21,11 @@ class Refusals:
         self._queues: dict[str, deque[Entry]] = {}
 
     @property
+    def are_any(self) -> bool:
+        """Whether a refusal is undecided."""
+        return bool(self._queues)
+
+    @property
     def keep_waiting(self) -> bool:
         """Whether something is to be announced when a name is free."""
         return any(len(queue) > 1 for queue in self._queues.values())

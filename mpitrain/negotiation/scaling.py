@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from mpitrain.memory import FlatArray, check_op, divide_by, parse_op, scale
+from typing import Any
+
+from numpy.typing import NDArray
+
+from mpitrain.memory import DType, FlatArray, check_op, divide_by, parse_op, scale
 from mpitrain.negotiation.announcement import Announcement
 
 __all__ = ["check_reduction", "op_to_run", "scale_input", "scale_result"]
@@ -17,22 +21,22 @@ def check_reduction(announcement: Announcement, view: FlatArray) -> None:
     check_op(parse_op(announcement.op), view.dtype)
 
 
-def op_to_run(announcement: Announcement) -> str:
+def op_to_run(op: str) -> str:
     """Return the reduction to run: an average is a sum that is divided afterwards, together with the scaling."""
-    return "sum" if announcement.op == "average" else announcement.op
+    return "sum" if op == "average" else op
 
 
-def scale_input(view: FlatArray, announcement: Announcement) -> None:
+def scale_input(data: NDArray[Any], dtype: DType, prescale: float) -> None:
     """Apply the factor for inputs, in place."""
-    if announcement.prescale != 1.0:
-        scale(view.data, announcement.prescale, view.dtype)
+    if prescale != 1.0:
+        scale(data, prescale, dtype)
 
 
-def scale_result(view: FlatArray, announcement: Announcement, size: int) -> None:
+def scale_result(data: NDArray[Any], dtype: DType, op: str, postscale: float, size: int) -> None:
     """Divide an average and apply the factor for results, in one step: integers are truncated once."""
-    if announcement.op == "average" and announcement.postscale == 1.0:
-        divide_by(view.data, size, view.dtype)
-    elif announcement.op == "average":
-        scale(view.data, announcement.postscale / size, view.dtype)
-    elif announcement.postscale != 1.0:
-        scale(view.data, announcement.postscale, view.dtype)
+    if op == "average" and postscale == 1.0:
+        divide_by(data, size, dtype)
+    elif op == "average":
+        scale(data, postscale / size, dtype)
+    elif postscale != 1.0:
+        scale(data, postscale, dtype)

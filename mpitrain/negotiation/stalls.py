@@ -52,6 +52,7 @@ class StallWatch:
             ((limit_s, name) for name, limit_s in limits.items() if limit_s), default=(0.0, "")
         )
         self.reason = "stalled" if self._setting == "stall_shutdown_s" else "timeout"
+        self._rank, self._size = rank, size
         self._where = f"r{rank}/{size}"
         self._next_s = 0.0
 
@@ -86,6 +87,27 @@ class StallWatch:
         undecided, behind = waiting()
         reasons = _overdue(undecided, _UNDECIDED, limit_s, now_s) or _overdue(behind, _BEHIND, limit_s, now_s)
         return f"{reasons[0]}; {self._remedy()}" if reasons else ""
+
+    def watch(self, name: str, since_s: float) -> Callable[[list[int], float], str]:
+        """Return what looks after one operation of which this rank sees by itself who has not started it.
+
+        It is told these ranks, and the time, and returns why to give up, "" if there is no reason.
+        """
+        warned_s = since_s
+
+        def inspect(missing: list[int], now_s: float) -> str:
+            nonlocal warned_s
+            if 0 < self._warning_s < now_s - warned_s:
+                warned_s = now_s
+                started = [rank for rank in range(self._size) if rank not in missing]
+                if started[0] == self._rank:
+                    waited = f"waits since {now_s - since_s:.0f} s for ranks {missing}; started by ranks {started}"
+                    _log.warning("%s | %s: %s", self._where, name, waited)
+            if 0 < self._limit_s < now_s - since_s:
+                return f"{name} was not started by ranks {missing} within {self._limit_s:g} s; {self._remedy()}"
+            return ""
+
+        return inspect
 
     def _is_due(self, now_s: float) -> bool:
         if now_s < self._next_s:

@@ -19,7 +19,6 @@ import torch
 from mpitrain.memory import ReduceOp, parse_op
 from mpitrain.torch.compression import Compression, Compressor
 from mpitrain.torch.gradients import PullBack, carry_gradients
-from mpitrain.torch.handles import synchronize
 from mpitrain.torch.nonlinear import carry_nonlinear_gradients
 from mpitrain.torch.starting import Operation, only_result
 from mpitrain.torch.world import ProcessSet, global_process_set
@@ -131,7 +130,7 @@ def allreduce_(
     """Reduce a tensor over all ranks in place; see `allreduce`."""
     with Operation("allreduce", name, process_set) as operation:
         how = _how(average, op, prescale_factor, postscale_factor)
-        return synchronize(_start(operation, [tensor], how, only_result, in_place=True))  # type: ignore[no-any-return]
+        return _run(operation, [tensor], how, only_result, in_place=True)  # type: ignore[no-any-return]
 
 
 def grouped_allreduce_async(
@@ -194,13 +193,17 @@ def grouped_allreduce_(
     """Reduce several tensors together in place, all or none; see `allreduce`."""
     with Operation("allreduce", name, process_set) as operation:
         how = _how(average, op, prescale_factor, postscale_factor)
-        return synchronize(_start(operation, tensors, how, tuple, in_place=True))  # type: ignore[no-any-return]
+        return _run(operation, tensors, how, tuple, in_place=True)  # type: ignore[no-any-return]
 
 
 class _How(NamedTuple):
     op: ReduceOp
     prescale: float = 1.0
     postscale: float = 1.0
+
+    @property
+    def details(self) -> dict[str, Any]:
+        return {"op": self.op.name.lower(), "prescale": self.prescale, "postscale": self.postscale}
 
 
 def _how(average: bool | None, op: ReduceOp | int | None, prescale_factor: float, postscale_factor: float) -> _How:
@@ -221,19 +224,23 @@ def _start(
     *,
     in_place: bool = False,
 ) -> int:
-    return operation.start(
-        tensors,
-        finish,
-        in_place=in_place,
-        op=how.op.name.lower(),
-        prescale=how.prescale,
-        postscale=how.postscale,
-    )
+    return operation.start(tensors, finish, in_place=in_place, **how.details)
+
+
+def _run(
+    operation: Operation,
+    tensors: Sequence[Tensor],
+    how: _How,
+    finish: Callable[[list[Any]], Any],
+    *,
+    in_place: bool = False,
+) -> Any:
+    return operation.reduce(tensors, finish, in_place=in_place, **how.details)
 
 
 def _reduce(operation: Operation, tensors: Sequence[Tensor], how: _How, process_set: ProcessSet) -> Sequence[Tensor]:
     def run() -> Sequence[Tensor]:
-        return synchronize(_start(operation, tensors, how, list))  # type: ignore[no-any-return]
+        return _run(operation, tensors, how, list)  # type: ignore[no-any-return]
 
     def reduce_again(others: Sequence[Tensor], other_name: str, how: _How) -> Sequence[Tensor]:
         with Operation("allreduce", other_name, process_set) as other:

@@ -10,7 +10,7 @@ from typing import Any, final
 import torch
 
 from mpitrain.memory import check_op, dtype_of_torch, parse_op
-from mpitrain.torch.handles import forget, register
+from mpitrain.torch.handles import forget, register, synchronize
 from mpitrain.torch.world import ProcessSet, negotiator_of
 
 __all__ = ["Operation", "only_result"]
@@ -105,6 +105,42 @@ class Operation:
             TypeError: Not a tensor.
             RuntimeError: Tensors on different devices.
         """
+        inputs, finish = self._prepare(tensors, finish, in_place=in_place, details=details)
+        handle = self.negotiator.start(self.name, self.collective, inputs, in_place=in_place, **details)
+        self._note_start()
+        self._handle = register(handle, finish)
+        return self._handle
+
+    def reduce(
+        self, tensors: Sequence[Tensor], finish: Callable[[list[Any]], Any], *, in_place: bool = False, **details: Any
+    ) -> Any:
+        """Run an all-reduce to its end, and return what `finish` makes of it. See `start`.
+
+        Raises:
+            HorovodInternalError: The operation failed.
+        """
+        inputs, finish = self._prepare(tensors, finish, in_place=in_place, details=details)
+        results: Any = None
+        if len(inputs) == 1:
+            (tensor,) = inputs
+            results = self.negotiator.reduce(self.name, tensor, in_place=in_place, on_start=self._note_start, **details)
+            if isinstance(results, list):
+                return finish(results)
+        if results is None:
+            results = self.negotiator.start(self.name, self.collective, inputs, in_place=in_place, **details)
+            self._note_start()
+        self._handle = register(results, finish)
+        return synchronize(self._handle)
+
+    def _prepare(
+        self,
+        tensors: Sequence[Tensor],
+        finish: Callable[[list[Any]], Any],
+        *,
+        in_place: bool,
+        details: dict[str, Any],
+    ) -> tuple[list[Tensor], Callable[[list[Any]], Any]]:
+        """Return what is communicated, outside autograd, and what makes the result of that."""
         for tensor in tensors:
             _check(tensor, self.collective, details)
         if len({tensor.device for tensor in tensors}) > 1:
@@ -117,10 +153,10 @@ class Operation:
             inputs = [tensor.contiguous() for tensor in inputs]
         elif in_place:
             finish = functools.partial(_return_own, list(tensors), finish)
-        handle = self.negotiator.start(self.name, self.collective, inputs, in_place=in_place, **details)
+        return inputs, finish
+
+    def _note_start(self) -> None:
         self._is_announced = True
-        self._handle = register(handle, finish)
-        return self._handle
 
 
 def _check(tensor: Tensor, collective: str, details: dict[str, Any]) -> None:

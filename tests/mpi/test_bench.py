@@ -45,9 +45,9 @@ def test_other_libraries_do_the_same(comm):
     uses = [Use(collective, in_place=form) for collective in COLLECTIVES for form in {False, collective in IN_PLACE}]
     uses += [Use("allreduce", dtype, op) for dtype, op in (("int64", "product"), ("bfloat16", "max"), ("bool", "sum"))]
     uses += [Use("reduce_scatter", "float64", "min"), Use("allreduce", "float32", "average")]
-    with rivals_named(("mpi", "gloo"), comm) as rivals:
-        assert [rival.name for rival in rivals] == ["MPI", "Gloo"]
-        told: dict[str, list[Use]] = {"MPI": [], "Gloo": []}
+    with rivals_named(("mpi", "gloo", "hvd"), comm) as rivals:
+        assert [rival.name for rival in rivals] == ["MPI", "Gloo", "hvd"]
+        told: dict[str, list[Use]] = {"MPI": [], "Gloo": [], "hvd": []}
         for use in uses:
             operation = Operation(comm, use, 1000)
             for rival in rivals:
@@ -58,6 +58,7 @@ def test_other_libraries_do_the_same(comm):
     assert lacking == {
         "MPI": ["bfloat16 max", "bool sum", "float32 average"],
         "Gloo": ["bool sum", "float32 average"],
+        "hvd": ["bool sum"],
     }
 
 

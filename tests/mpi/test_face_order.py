@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 
 import mpitrain.torch as hvd  # noqa: E402
 from mpitrain.config import Settings  # noqa: E402
-from mpitrain.negotiation import dialogue, negotiator, stalls  # noqa: E402
+from mpitrain.negotiation import dialogue, negotiator, service, stalls  # noqa: E402
 from tests.support.clocks import Clock  # noqa: E402
 
 pytestmark = pytest.mark.mpi(min_size=2)
@@ -70,17 +70,47 @@ class ClockOfStalls(Clock):
         return super().monotonic()
 
 
+class ClockOfMeetings(Clock):
+    """One that goes when all have come to a meeting but one, and stands still before."""
+
+    def __init__(self):
+        super().__init__()
+        self._has_begun = False
+
+    def monotonic(self):
+        meeting = hvd.global_process_set.negotiator._shortcut.meeting
+        if meeting.is_waiting and len(meeting.missing()) == 1 and not self._has_begun:
+            self._has_begun = True
+            self.go(2500.0)
+        return super().monotonic()
+
+
+def reduce_at_once(name):
+    return hvd.allreduce(torch.ones(2), name=name)
+
+
+def reduce_announced(name):
+    return hvd.synchronize(hvd.allreduce_async(torch.ones(2), name=name))
+
+
+@pytest.mark.parametrize("reduce", [reduce_at_once, reduce_announced])
 @pytest.mark.parametrize("missing", ["first", "last"])
-def test_what_not_all_ranks_start_is_warned_of_and_ends_with_an_error_on_all(missing, caplog, monkeypatch):
+def test_what_not_all_ranks_start_is_warned_of_and_ends_with_an_error_on_all(missing, reduce, caplog, monkeypatch):
     # Rank 0 decides, and has all the time to say so.
     monkeypatch.setattr(stalls, "_GRACE_S", 1e9)
     hvd.init(settings=Settings.from_environ().replace(stall_warning_s=200.0, stall_shutdown_s=1500.0))
     try:
-        clock = ClockOfStalls("allreduce.x", hvd.size() - 1)
-        for module in (negotiator, dialogue):
-            monkeypatch.setattr(module, "time", clock)
         absent = 0 if missing == "first" else hvd.size() - 1
         others = [rank for rank in range(hvd.size()) if rank != absent]
+        if reduce is reduce_announced:
+            teller, clock = 0, ClockOfStalls("allreduce.x", hvd.size() - 1)
+            modules = (negotiator, dialogue)
+        else:
+            # By the real clocks of the others nothing is late, but they look for news.
+            teller, clock = others[0], ClockOfMeetings()
+            modules = (service,) if hvd.rank() == teller else ()
+        for module in modules:
+            monkeypatch.setattr(module, "time", clock)
         parameter = torch.nn.Parameter(torch.ones(3))
         optimizer = hvd.DistributedOptimizer(torch.optim.SGD([parameter], lr=0.1))
         told = rf"x was not started by ranks \[{absent}\] within 1500 s"
@@ -92,13 +122,13 @@ def test_what_not_all_ranks_start_is_warned_of_and_ends_with_an_error_on_all(mis
                     optimizer.step()
             else:
                 with pytest.raises(hvd.HorovodInternalError, match=told):
-                    hvd.allreduce(torch.ones(2), name="x")
+                    reduce("x")
             with pytest.raises(hvd.HorovodInternalError, match=told):
-                hvd.allreduce(torch.ones(2), name="y")
-        if hvd.rank() == 0:
+                reduce("y")
+        if hvd.rank() == teller:
             lines = [record.getMessage() for record in caplog.records if "waits since" in record.getMessage()]
             assert len(lines) > 1
-            assert all(line.startswith(f"r0/{hvd.size()} | allreduce.x: waits since ") for line in lines)
+            assert all(line.startswith(f"r{hvd.rank()}/{hvd.size()} | allreduce.x: waits since ") for line in lines)
             assert lines[-1].endswith(f" s for ranks [{absent}]; started by ranks {others}")
     finally:
         hvd.shutdown()

@@ -29,6 +29,7 @@ from mpitrain.errors import (
 from mpitrain.negotiation import Negotiator
 from mpitrain.negotiation import dialogue as dialogue_module
 from mpitrain.negotiation import negotiator as negotiator_module
+from mpitrain.negotiation import service as service_module
 from mpitrain.negotiation import stalls as stalls_module
 from tests.support.clocks import Clock
 from tests.support.limits import HANG_S
@@ -130,13 +131,13 @@ def expected(index: int, size: int, rank: int) -> Any:
 
 def test_many_in_flight_are_fused_and_each_gets_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     decided: list[int] = []
-    original = negotiator_module.run_decision
+    original = service_module.run_decision
 
     def counted(comm: Communicator, decision: Any, entries: Any) -> Any:
         decided.append(len(decision.names))
         return original(comm, decision, entries)
 
-    monkeypatch.setattr(negotiator_module, "run_decision", counted)
+    monkeypatch.setattr(service_module, "run_decision", counted)
 
     def body(negotiator: Negotiator) -> None:
         own = negotiator.comm.rank + 1.0
@@ -294,7 +295,7 @@ def test_idle_ranks_neither_send_nor_compute() -> None:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Tell the negotiation how late it is; what moves messages has a clock of its own."""
     by_hand = Clock()
-    for module in (negotiator_module, dialogue_module):
+    for module in (negotiator_module, service_module, dialogue_module):
         monkeypatch.setattr(module, "time", by_hand)
     return by_hand
 
@@ -485,14 +486,14 @@ def test_an_announcement_that_cannot_be_sent_leaves_nothing_behind() -> None:
 def test_a_rank_that_cannot_run_what_was_decided_does_not_leave_the_others_waiting(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    original = negotiator_module.run_decision
+    original = service_module.run_decision
 
     def starved(comm: Communicator, decision: Any, entries: Any) -> Any:
         if comm.rank == 1:
             raise MemoryError("no room for the fused buffer")
         return original(comm, decision, entries)
 
-    monkeypatch.setattr(negotiator_module, "run_decision", starved)
+    monkeypatch.setattr(service_module, "run_decision", starved)
     texts = run(3, lambda negotiator: str(error_of(start(negotiator, "a", [1.0]))))
     assert all("no room for the fused buffer" in text for text in texts)
 
