@@ -11,12 +11,13 @@ who has declined a meeting, or has come to a later one, says so, again whenever 
 
 from __future__ import annotations
 
-from mpitrain.collectives.meeting import NEXT, Meeting
+from mpitrain.collectives.meeting import DIGEST, LINE, NEXT, Meeting
 
 __all__ = ["OptionalMeeting"]
 
-# The numbers of one era; even, so that the slots go on to take turns.
-_ERA = 1 << 32
+# By how much an era raises the numbers. Even, so that the slots go on to take turns; else any will do, as ranks which
+# are to meet are within one meeting of each other.
+_ERA = 1 << 16
 
 
 class OptionalMeeting(Meeting):
@@ -26,10 +27,10 @@ class OptionalMeeting(Meeting):
     For one thread at a time; only waiting needs no care.
 
     Attributes:
-        is_waiting: Whether this rank has come, and not gone away since.
+        visitor: For what this rank has come; None if it has not, or has gone away since.
     """
 
-    is_waiting = False
+    visitor: object | None = None
     _first_open = 1
     _eras_to_begin = 0
 
@@ -38,14 +39,20 @@ class OptionalMeeting(Meeting):
         """Whether this rank has declined the next meeting."""
         return self._first_open > self.number + 1
 
-    def arrive(self, digest: int) -> None:
+    def come(self, digest: int, visitor: object) -> None:
         """Come to the next meeting, which this rank has not declined, and which is to be left by `leave`."""
-        super().arrive(digest)
-        self.is_waiting = True
+        number = self.number + 1
+        flag = self.next_slot * LINE
+        self.own[flag + DIGEST] = digest
+        self.fence()
+        # Nothing is called from here on, where an interrupt could come in between.
+        self.number = number
+        self.visitor = visitor
+        self.own[flag] = number
 
     def leave(self, *, took_place: bool) -> None:
         """Go away from a meeting that has taken place, or cannot."""
-        self.is_waiting = False
+        self.visitor = None
         if not took_place:
             self.number -= 1
         eras, self._eras_to_begin = self._eras_to_begin, 0
@@ -54,14 +61,14 @@ class OptionalMeeting(Meeting):
 
     def decline(self) -> None:
         """Say that this rank will not come to the next meeting; of one at which it waits it changes nothing."""
-        self._open_from(self.number + (1 if self.is_waiting else 2))
+        self._open_from(self.number + (2 if self.visitor is None else 1))
 
     def begin_era(self) -> None:
         """Note what begins an era, which every rank does; one that waits at a meeting, when it leaves."""
-        if self.is_waiting:
-            self._eras_to_begin += 1
-        else:
+        if self.visitor is None:
             self._begin_eras(1)
+        else:
+            self._eras_to_begin += 1
 
     def _begin_eras(self, count: int) -> None:
         self.number += count * _ERA

@@ -17,10 +17,10 @@ from mpitrain.collectives.layout import even_counts
 from mpitrain.collectives.meeting import Meeting
 from mpitrain.collectives.reduction import Reduction
 
-__all__ = ["SmallAllreduce"]
+__all__ = ["MOST_READ_NBYTES", "SmallAllreduce"]
 
-# Bytes of others up to which a rank reduces the whole array itself: beyond, a second exchange costs less.
-_MOST_READ_NBYTES = 64 << 10
+MOST_READ_NBYTES = 64 << 10
+"""Bytes of others up to which a rank reduces the whole array itself: beyond, a second exchange costs less."""
 
 
 class SmallAllreduce:
@@ -43,7 +43,7 @@ class SmallAllreduce:
         self._own = [parts[meeting.rank] for parts in self._parts]
         size, rank = reduction.size, meeting.rank
         self.nbytes = count * reduction.dtype.itemsize
-        self.is_whole = self.nbytes * (size - 1) <= _MOST_READ_NBYTES
+        self.is_whole = self.nbytes * (size - 1) <= MOST_READ_NBYTES
         """Whether every rank reduces the whole array."""
         ends = list(accumulate(even_counts(count, size)))
         slices = [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]

@@ -6,6 +6,7 @@ Shared by the threads that start operations and the one that carries out what is
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
 
@@ -171,45 +172,53 @@ class InFlight:
 
     # Operations that are not announced
 
-    def come(self, digest: int, bring: Callable[[int], None], on_start: Callable[[], None]) -> bool:
+    def come(self, entry: Entry, digest: int, bring: Callable[[int], None]) -> bool:
         """Come to the next meeting, unless this rank has anything in flight or has declined; whether it has come.
 
         Args:
+            entry: For what; it holds its name from now on.
             digest: Of what it means.
             bring: Leaves what it brings in a slot.
-            on_start: Called before anybody else can see it.
         """
         meeting = self._meeting
         if meeting is None:
             return False
         with self._lock:
             is_free = not (self._names or self._undecided or self._refusals.are_any)
-            if not is_free or self._stand_in or self._closing or meeting.is_waiting or meeting.is_declined:
+            if not is_free or self._stand_in or self._closing or meeting.visitor or meeting.is_declined:
                 return False
             bring(meeting.next_slot)
-            on_start()
-            meeting.arrive(digest)
+            self._names[entry.announcement.name] = entry
+            meeting.come(digest, entry)
             return True
 
-    def leave_meeting(self, *, took_place: bool) -> None:
-        """Leave a meeting that has taken place, or cannot."""
+    def is_at_meeting(self, entry: Entry) -> bool:
+        """Whether it is what this rank has come for, and has not left."""
+        return self._meeting is not None and self._meeting.visitor is entry
+
+    def end_meeting(self, entry: Entry) -> None:
+        """Leave a meeting that has taken place, and free the name."""
         assert self._meeting is not None
         with self._lock:
-            self._meeting.leave(took_place=took_place)
+            self._free(entry.announcement.name, entry)
+            self._meeting.leave(took_place=True)
             self._decline_if_busy(self._meeting)
 
-    def hold(self, entry: Entry) -> None:
-        """Hold the name of an operation that waits at a meeting, until `forget`."""
-        with self._lock:
-            self._names[entry.announcement.name] = entry
+    def announce_instead(self, entry: Entry, *, took_place: bool) -> Decision | None:
+        """Leave a meeting, and announce what this rank has come for; if nothing can be any more, return why.
 
-    def announce_held(self, entry: Entry) -> Decision | None:
-        """Announce an operation that holds its name; if none can be any more, return why.
+        Args:
+            entry: Goes on to hold its name.
+            took_place: Whether all had come, though they meant different things.
 
         Raises:
             CommError: It cannot be announced.
         """
+        assert self._meeting is not None
         with self._lock:
+            self._meeting.leave(took_place=took_place)
+            # To the others it begins now.
+            entry.since_s = time.monotonic()
             if self._closing is None and not self._refusals.put_behind(entry):
                 self._submit(entry)
             return self._closing

@@ -51,8 +51,7 @@ class Negotiator:
         control = comm.transport.duplicate()
         comm.free_with(self, control.free)
         self._dialogue = Dialogue(control, comm.settings)
-        meeting = self.comm.make_optional_meeting(Shortcut.slot_nbytes)
-        meeting = self.comm.make_optional_meeting(Shortcut.slot_nbytes)
+        meeting = self.comm.make_optional_meeting(Shortcut.slot_nbytes(comm.size))
         self._in_flight = InFlight(self._dialogue.announce, meeting)
         self._shortcut = None if meeting is None else Shortcut(self.comm, self._in_flight, meeting)
         self._unnamed = UnnamedOperations()
@@ -143,7 +142,7 @@ class Negotiator:
             prescale: See `Announcement`.
             postscale: See `Announcement`.
             in_place: See `start`.
-            on_start: Called when the other ranks are about to count on this one.
+            on_start: Called before an error is raised in spite of which the others count on this rank.
 
         Returns:
             A list with the result; a handle of that if others do not come at once; None if the operation has to be
@@ -154,22 +153,29 @@ class Negotiator:
         """
         if self._shortcut is None:
             return None
-        attempt = self._shortcut.attempt(
-            name, array, op=op, prescale=prescale, postscale=postscale, in_place=in_place, on_start=on_start
-        )
+        attempt = self._shortcut.attempt(name, array, op=op, prescale=prescale, postscale=postscale, in_place=in_place)
         if attempt is None:
             return None
+        has_taken = False
         try:
+            if not attempt.come():
+                return None
             if attempt.is_met_soon():
+                has_taken = True
                 return attempt.take()
+            return self._service.complete(attempt)
         except BaseException:
-            if attempt.is_undone:
+            if attempt.is_at_meeting:
                 # Interrupted, while others may be about to take what this rank has brought.
-                self._service.complete(attempt, in_place=in_place)
+                on_start()
+                self._service.complete(attempt)
+            elif has_taken or attempt.is_taken_on:
+                on_start()
+            else:
+                self._service.forget([attempt.entry])
             raise
         finally:
             attempt.note_wait()
-        return self._service.complete(attempt, in_place=in_place)
 
     def await_name(self, name: str) -> None:
         """Return when no operation of this name is in flight here."""

@@ -167,16 +167,17 @@ class Service:
 
     # Operations that wait for others to come
 
-    def complete(self, attempt: Attempt, *, in_place: bool) -> Handle[Results]:
-        """Take on an operation to which others come late, if at all; see `Shortcut`."""
-        handle: Handle[Results] = self._comm.engine.promise(f"allreduce {attempt.name}")
-        entry = Entry(attempt.announcement, [attempt.array], in_place, handle, time.monotonic())
-        entry.observe(self._comm.engine.recorder)
-        self._in_flight.hold(entry)
-        self._comm.engine.start(self._complete(attempt, entry), "negotiation")
-        return handle
+    def complete(self, attempt: Attempt) -> Handle[Results]:
+        """See to it that an attempt comes to its end though others come late, if at all; again it changes nothing."""
+        self._comm.engine.start(self._complete(attempt), "negotiation")
+        return attempt.entry.handle
 
-    def _complete(self, attempt: Attempt, entry: Entry) -> Task[None]:
+    def _complete(self, attempt: Attempt) -> Task[None]:
+        if attempt.is_taken_on:
+            return
+        attempt.is_taken_on = True
+        entry = attempt.entry
+        entry.observe(self._comm.engine.recorder)
         inspect = self._dialogue.stalls.watch(attempt.name, entry.since_s)
         next_look_s = 0.0
         try:
@@ -197,9 +198,7 @@ class Service:
                 results = attempt.take()
                 self.forget([entry])
                 entry.handle.resolve(results)
-                return
-            attempt.give_up()
-            if refused := self._in_flight.announce_held(entry):
+            elif refused := attempt.announce_instead():
                 self.fail([entry], error_of_closing(attempt.name, refused))
             else:
                 self.begin()

@@ -11,43 +11,40 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mpitrain.collectives import Communicator, ProgressEngine
+from mpitrain.collectives import Communicator, Handle, ProgressEngine
 from mpitrain.collectives.agreement import digest_of
 from mpitrain.collectives.calls import Calls
 from mpitrain.collectives.optional_meeting import OptionalMeeting
 from mpitrain.collectives.reduction import Reduction
-from mpitrain.collectives.small import SmallAllreduce
+from mpitrain.collectives.small import MOST_READ_NBYTES, SmallAllreduce
 from mpitrain.comm import Backoff
-from mpitrain.memory import FlatArray, allocate_like, dtype_named, flat_view, parse_op
-from mpitrain.negotiation.announcement import Announcement, tensors_of
-from mpitrain.negotiation.execution import Results, contiguous
+from mpitrain.memory import FlatArray, allocate_like, dtype_named, flat_view, is_on_device, parse_op
+from mpitrain.negotiation.announcement import Announcement, Decision, tensors_of
+from mpitrain.negotiation.execution import Entry, Results, contiguous
 from mpitrain.negotiation.in_flight import InFlight
 from mpitrain.negotiation.scaling import op_to_run, scale_input, scale_result
 
 __all__ = ["Attempt", "Shortcut"]
 
-# Of all others together: what a rank reads.
-_MOST_READ_NBYTES = 64 << 10
 # How long a rank waits for the others before it goes on like with any operation in flight.
 _PATIENCE_S = 1e-3
+# Slots begin on cache lines.
+_LINE_NBYTES = 64
 
 
 class Shortcut:
     """The one way of a group's operations that needs no announcement.
 
     Args:
-        comm: Of the group. Every rank must call.
+        comm: Of the group.
         in_flight: What this rank has in flight.
         meeting: Of the group's ranks, with slots of `slot_nbytes`.
     """
-
-    slot_nbytes = _MOST_READ_NBYTES
 
     def __init__(self, comm: Communicator, in_flight: InFlight, meeting: OptionalMeeting) -> None:
         self.meeting = meeting
@@ -55,21 +52,23 @@ class Shortcut:
         self.engine: ProgressEngine = comm.engine
         self.calls = Calls()
         comm.engine.count(self.calls)
-        self._most_nbytes = _MOST_READ_NBYTES // max(1, comm.size - 1)
+        self._most_nbytes = self.most_nbytes(comm.size)
         self._kind_of = functools.lru_cache(maxsize=256)(functools.partial(_Kind, meeting, comm.size))
 
+    @staticmethod
+    def most_nbytes(size: int) -> int:
+        """Return the size of the largest array among so many ranks."""
+        return MOST_READ_NBYTES // max(1, size - 1)
+
+    @classmethod
+    def slot_nbytes(cls, size: int) -> int:
+        """Return how much memory each meeting of so many ranks needs for each."""
+        return -(-cls.most_nbytes(size) // _LINE_NBYTES) * _LINE_NBYTES
+
     def attempt(
-        self,
-        name: str,
-        array: Any,
-        *,
-        op: str,
-        prescale: float = 1.0,
-        postscale: float = 1.0,
-        in_place: bool = False,
-        on_start: Callable[[], None],
+        self, name: str, array: Any, *, op: str, prescale: float, postscale: float, in_place: bool
     ) -> Attempt | None:
-        """Come to the next meeting with an array; None if it cannot go this way, or this rank cannot now.
+        """Prepare an all-reduce of an array; None if it cannot go this way.
 
         Args:
             name: As of `Negotiator.start`; likewise the others.
@@ -78,57 +77,67 @@ class Shortcut:
             prescale: See `Announcement`.
             postscale: See `Announcement`.
             in_place: The result replaces the array, which must be contiguous.
-            on_start: Called when the other ranks are about to count on this one.
 
         Raises:
             ValueError, TypeError: An array that cannot be communicated.
+            MemoryError: There is none for the result.
         """
-        if op == "adasum":
+        if op == "adasum" or is_on_device(array) or getattr(array, "nbytes", 0) > self._most_nbytes:
             return None
         array = array if in_place else contiguous(array)
         view = flat_view(array, name=name, writable=in_place)
-        if not view.is_host or not 0 < view.nbytes <= self._most_nbytes:
+        if not 0 < view.nbytes <= self._most_nbytes:
             return None
-        kind = self._kind_of(
-            Announcement("", "allreduce", tensors_of("allreduce", [view]), op, -1, prescale, postscale)
-        )
+        tensors = tensors_of("allreduce", [view])
+        kind = self._kind_of(Announcement("", "allreduce", tensors, op, -1, prescale, postscale))
         if not kind.has_meaning:
             return None  # which is an error of all ranks, whichever way each of them would go
         # Whoever has no memory for it says so before others wait.
         result = array if in_place else allocate_like(array, array.shape)
         target = view.data if in_place else flat_view(result, writable=True).data
-        attempt = Attempt(self, name, kind, view, (result, target))
-        return attempt if self.in_flight.come(digest_of(f"{name} {kind.meaning}"), attempt.bring, on_start) else None
+        handle: Handle[Results] = self.engine.promise(f"allreduce {name}")
+        entry = Entry(kind.announcement._replace(name=name), [array], in_place, handle, time.monotonic())
+        return Attempt(self, kind, entry, view, (result, target))
 
 
 class Attempt:
-    """One all-reduce of a rank that has come to the meeting."""
+    """One all-reduce of a rank.
 
-    __slots__ = ("_began_ns", "_kind", "_result", "_shortcut", "_target", "_view", "name")
+    Attributes:
+        entry: What it is if it goes on as an operation in flight.
+    """
+
+    __slots__ = ("_began_ns", "_kind", "_result", "_shortcut", "_target", "_view", "entry", "is_taken_on")
 
     def __init__(
-        self, shortcut: Shortcut, name: str, kind: _Kind, view: FlatArray, target: tuple[Any, NDArray[Any]]
+        self, shortcut: Shortcut, kind: _Kind, entry: Entry, view: FlatArray, target: tuple[Any, NDArray[Any]]
     ) -> None:
         self._shortcut = shortcut
-        self.name = name
         self._kind = kind
+        self.entry = entry
         self._view = view
         self._result, self._target = target
         self._began_ns = time.monotonic_ns()
+        self.is_taken_on = False
+        """Whether somebody sees to it that it comes to its end."""
 
     @property
-    def array(self) -> Any:
-        """What this rank has brought."""
-        return self._view.owner
+    def name(self) -> str:
+        """Name of the operation."""
+        return self.entry.announcement.name
 
-    @property
-    def announcement(self) -> Announcement:
-        """What is announced if it comes to that."""
-        return self._kind.announcement._replace(name=self.name)
+    def come(self) -> bool:
+        """Come to the next meeting, if this rank can; whether it has."""
+        digest = digest_of(f"{self.name} {self._kind.meaning}")
+        return self._shortcut.in_flight.come(self.entry, digest, self._bring)
 
-    def bring(self, slot: int) -> None:
-        """Leave the array in a slot."""
+    def _bring(self, slot: int) -> None:
         self._kind.bring(slot, self._view.data)
+
+    @property
+    def is_at_meeting(self) -> bool:
+        """Whether this rank has come, and has not left."""
+        return self._shortcut.in_flight.is_at_meeting(self.entry)
 
     def is_met_soon(self) -> bool:
         """Whether all come within a moment, and mean the same."""
@@ -148,21 +157,17 @@ class Attempt:
         try:
             self._kind.take(shortcut.meeting.slot, self._target)
         finally:
-            shortcut.in_flight.leave_meeting(took_place=True)
+            shortcut.in_flight.end_meeting(self.entry)
         shortcut.calls.number += 1
         shortcut.calls.nbytes += self._view.nbytes
-        if (recorder := shortcut.engine.recorder) is not None:
+        # One that has come late is recorded as what it has become.
+        if (recorder := shortcut.engine.recorder) is not None and not self.is_taken_on:
             recorder.operation(f"{self.name} named allreduce by shortcut", self._began_ns).end()
         return [self._result]
 
     def note_wait(self) -> None:
         """Count the time up to now as one in which the caller was held up."""
         self._shortcut.engine.book_blocking(self._began_ns)
-
-    @property
-    def is_undone(self) -> bool:
-        """Whether this rank has not left the meeting."""
-        return self._shortcut.meeting.is_waiting
 
     def takes_place(self) -> bool | None:
         """Whether all have come, and mean the same, or ever will; None while that is open."""
@@ -176,10 +181,14 @@ class Attempt:
         """Ranks that have not come yet."""
         return self._shortcut.meeting.missing()
 
-    def give_up(self) -> None:
-        """Leave a meeting that does not take place, or where all see that they mean different things."""
-        shortcut = self._shortcut
-        shortcut.in_flight.leave_meeting(took_place=shortcut.meeting.is_complete())
+    def announce_instead(self) -> Decision | None:
+        """Announce it, as it does not take place here; if nothing can be announced any more, return why.
+
+        Raises:
+            CommError: It cannot be announced.
+        """
+        # If all have come after all, they see that they mean different things.
+        return self._shortcut.in_flight.announce_instead(self.entry, took_place=self._shortcut.meeting.is_complete())
 
 
 class _Kind:

@@ -97,6 +97,8 @@ class StallWatch:
 
         def inspect(missing: list[int], now_s: float) -> str:
             nonlocal warned_s
+            if not missing:
+                return ""  # the last one has come by now
             if 0 < self._warning_s < now_s - warned_s:
                 warned_s = now_s
                 started = [rank for rank in range(self._size) if rank not in missing]

@@ -124,11 +124,11 @@ class Operation:
         if len(inputs) == 1:
             (tensor,) = inputs
             results = self.negotiator.reduce(self.name, tensor, in_place=in_place, on_start=self._note_start, **details)
-            if isinstance(results, list):
-                return finish(results)
         if results is None:
             results = self.negotiator.start(self.name, self.collective, inputs, in_place=in_place, **details)
-            self._note_start()
+        self._note_start()
+        if isinstance(results, list):
+            return finish(results)
         self._handle = register(results, finish)
         return synchronize(self._handle)
 

@@ -79,7 +79,7 @@ class ClockOfMeetings(Clock):
 
     def monotonic(self):
         meeting = hvd.global_process_set.negotiator._shortcut.meeting
-        if meeting.is_waiting and len(meeting.missing()) == 1 and not self._has_begun:
+        if meeting.visitor and len(meeting.missing()) == 1 and not self._has_begun:
             self._has_begun = True
             self.go(2500.0)
         return super().monotonic()

@@ -185,7 +185,8 @@ class TestReport:
         with tune_tables.progress(console, self.KEYS, 2) as on_item:
             for key, nbytes in ((self.KEYS[0], 8), (self.KEYS[0], 64), (self.KEYS[1], 8), (self.KEYS[1], 64)):
                 on_item(key, nbytes)
-            shown = console.file.getvalue()
+        # At the latest at the end it shows how far it has come.
+        shown = console.file.getvalue()
         assert "allreduce, in background, 64 B" in shown
         assert "75%" in shown
 

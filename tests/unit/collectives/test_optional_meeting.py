@@ -21,17 +21,17 @@ def make(size: int) -> list[OptionalMeeting]:
 
 def test_a_meeting_takes_place_when_all_have_come() -> None:
     first, second, third = make(3)
-    first.arrive(7)
-    second.arrive(7)
-    assert first.is_waiting
+    first.come(7, "visitor")
+    second.come(7, "visitor")
+    assert first.visitor == "visitor"
     assert not first.is_complete()
     assert first.missing() == [2]
     assert first.find_absent() is None
-    third.arrive(7)
+    third.come(7, "visitor")
     assert all(meeting.is_complete() and meeting.agrees() for meeting in (first, second, third))
     third.leave(took_place=True)
     # Whoever looks late sees it all the same, though another has come to the next one.
-    third.arrive(8)
+    third.come(8, "visitor")
     assert first.is_complete()
     assert first.agrees()
     assert not third.is_complete()
@@ -40,7 +40,7 @@ def test_a_meeting_takes_place_when_all_have_come() -> None:
 
 def test_who_waits_sees_that_another_has_declined_and_both_meet_in_the_next_era() -> None:
     first, second = make(2)
-    first.arrive(7)
+    first.come(7, "visitor")
     second.decline()
     assert second.is_declined
     assert first.find_absent() == 1
@@ -49,31 +49,31 @@ def test_who_waits_sees_that_another_has_declined_and_both_meet_in_the_next_era(
     for meeting in (first, second):
         meeting.begin_era()
         assert not meeting.is_declined
-        meeting.arrive(9)
+        meeting.come(9, "visitor")
     assert first.is_complete()
     assert second.is_complete()
 
 
 def test_an_era_begins_for_who_waits_when_it_leaves() -> None:
     first, second = make(2)
-    first.arrive(7)
+    first.come(7, "visitor")
     second.decline()
     first.begin_era()
     second.begin_era()
-    second.arrive(8)
+    second.come(8, "visitor")
     assert first.find_absent() == 1
     assert not second.is_complete()
     first.leave(took_place=False)
-    first.arrive(8)
+    first.come(8, "visitor")
     assert first.is_complete()
     assert second.is_complete()
 
 
 def test_to_decline_while_waiting_changes_nothing_about_that_meeting() -> None:
     first, second = make(2)
-    first.arrive(7)
+    first.come(7, "visitor")
     first.decline()
-    second.arrive(7)
+    second.come(7, "visitor")
     assert second.find_absent() is None
     assert second.is_complete()
     assert first.is_complete()
@@ -115,7 +115,7 @@ class Rank:
     def start(self) -> None:
         number = len(self.ways)
         if self.plan[number] and not self.undecided and not self.meeting.is_declined:
-            self.meeting.arrive(number)
+            self.meeting.come(number, "visitor")
             self.waits_for = number
         else:
             self.announce(number)

@@ -13,7 +13,7 @@ import pytest
 from mpitrain.collectives import Communicator, Handle
 from mpitrain.comm import Transport, run_ranks
 from mpitrain.config import Settings
-from mpitrain.errors import CollectiveMismatchError, CommTimeoutError, RankFailedError
+from mpitrain.errors import CollectiveMismatchError, CommError, CommTimeoutError, RankFailedError
 from mpitrain.negotiation import Negotiator
 from mpitrain.negotiation import service as service_module
 from mpitrain.negotiation.shortcut import Attempt, Shortcut
@@ -92,7 +92,7 @@ def test_results_are_those_of_announced_operations(size: int, op: str) -> None:
 @pytest.mark.parametrize("size", [2, 3])
 def test_nothing_is_announced_where_all_ranks_wait_for_the_same(size: int) -> None:
     def body(negotiator: Negotiator) -> list[bool]:
-        big = np.ones(Shortcut.slot_nbytes // 8 // (size - 1) + 1)
+        big = np.ones(Shortcut.most_nbytes(size) // 8 + 1)
         return [
             takes_shortcut(negotiator, "a", np.ones(5)),
             takes_shortcut(negotiator, "b", np.ones((3, 2), np.float16), op="average"),
@@ -201,6 +201,63 @@ def test_a_rank_that_comes_late(late: int) -> None:
     assert run(3, body) == [[3.0]] * 3
 
 
+def test_a_name_is_held_from_the_moment_at_which_a_rank_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Attempt.is_met_soon
+
+    def paused(attempt: Attempt) -> bool:
+        if attempt.name == "x":
+            with pytest.raises(ValueError, match="same name"):
+                start(negotiators[threading.current_thread()], "x", np.array([2.0]))
+        return original(attempt)
+
+    def body(negotiator: Negotiator) -> None:
+        negotiators[threading.current_thread()] = negotiator
+        assert reduce(negotiator, "x", 1.0).tolist() == [2.0]
+        assert not negotiator._in_flight.holds("x")
+        assert wait(start(negotiator, "x", np.array([2.0]))).tolist() == [4.0]
+
+    negotiators: dict[threading.Thread, Negotiator] = {}
+    monkeypatch.setattr(Attempt, "is_met_soon", paused)
+    run(2, body)
+
+
+@pytest.mark.parametrize("method", ["come", "take", "takes_place"])
+def test_an_interrupt_at_any_time_leaves_nobody_waiting(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    original: Any = getattr(Attempt, method)
+
+    def interrupted(attempt: Attempt) -> Any:
+        result = original(attempt)
+        if threading.current_thread() in interrupted_threads and attempt.name == "x":
+            interrupted_threads.clear()
+            raise KeyboardInterrupt
+        return result
+
+    def body(negotiator: Negotiator) -> None:
+        array = np.array([1.0])
+        if negotiator.comm.rank == 0:
+            interrupted_threads.append(threading.current_thread())
+            assert isinstance(outcome_of_all(lambda: reduce(negotiator, "x", array)), KeyboardInterrupt)
+        else:
+            if method == "takes_place":
+                late.wait(0.05)  # longer than the others wait at once
+            outcome(lambda: reduce(negotiator, "x", array))
+        # Either everything goes on, or the group is closed for all.
+        after = outcome(lambda: reduce(negotiator, "y", 1.0).tolist())
+        assert after == [2.0] or (isinstance(after, CommError) and "KeyboardInterrupt" in str(after))
+
+    late = threading.Event()
+    interrupted_threads: list[threading.Thread] = []
+    monkeypatch.setattr(Attempt, method, interrupted)
+    run(2, body)
+
+
+def outcome_of_all(function: Callable[[], object]) -> BaseException | object:
+    try:
+        return function()
+    except BaseException as error:
+        return error
+
+
 def test_different_things_of_one_name_are_an_error_on_all_and_leave_everything_usable() -> None:
     def body(negotiator: Negotiator) -> None:
         rank = negotiator.comm.rank
@@ -307,7 +364,7 @@ def test_an_end_after_a_set_time(missing: int, monkeypatch: pytest.MonkeyPatch) 
 
     class ClockOfOthers(Clock):
         def monotonic(self) -> float:
-            if all(meeting.is_waiting for meeting in meetings) and len(meetings) == 2 and not self._end_s:
+            if all(meeting.visitor for meeting in meetings) and len(meetings) == 2 and not self._end_s:
                 self.go(2000.0)
             return super().monotonic()
 
