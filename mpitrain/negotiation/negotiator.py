@@ -162,7 +162,10 @@ class Negotiator:
                 return None
             if attempt.is_met_soon():
                 has_taken = True
-                return attempt.take()
+                results = attempt.take()
+                attempt.note_wait()
+                return results
+            attempt.note_wait()
             return self._service.complete(attempt)
         except BaseException:
             if attempt.is_at_meeting:
@@ -174,8 +177,6 @@ class Negotiator:
             else:
                 self._service.forget([attempt.entry])
             raise
-        finally:
-            attempt.note_wait()
 
     def await_name(self, name: str) -> None:
         """Return when no operation of this name is in flight here."""

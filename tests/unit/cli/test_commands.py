@@ -180,7 +180,8 @@ class TestReport:
         lines = console.file.getvalue().splitlines()
         assert [line.partition(": ")[2] for line in lines] == ["allreduce, blocking", "allreduce, in background"]
 
-    def test_progress_is_a_bar_on_a_terminal(self):
+    def test_progress_is_a_bar_on_a_terminal(self, monkeypatch):
+        monkeypatch.setenv("TERM", "xterm")
         console = rich.console.Console(file=io.StringIO(), force_terminal=True, width=100)
         with tune_tables.progress(console, self.KEYS, 2) as on_item:
             for key, nbytes in ((self.KEYS[0], 8), (self.KEYS[0], 64), (self.KEYS[1], 8), (self.KEYS[1], 64)):

@@ -33,7 +33,7 @@ def content(rank: int, count: int, dtype: str) -> np.ndarray:
 @pytest.mark.parametrize("dtype", ["float32", "int16", "float16"])
 def test_every_way_gives_the_sum_again_and_again(size: int, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # So that both kinds occur: every rank reduces all, and each a slice.
-    monkeypatch.setattr("mpitrain.collectives.small._MOST_READ_NBYTES", 300)
+    monkeypatch.setattr("mpitrain.collectives.small.MOST_READ_NBYTES", 300)
 
     def body(comm: Communicator) -> list[np.ndarray]:
         results = []
@@ -255,7 +255,7 @@ def test_a_rank_that_leaves_while_it_waits_is_an_error_on_every_rank(
     count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its program ends in one thread, while another waits in a call for a rank that is late."""
-    monkeypatch.setattr("mpitrain.collectives.small._MOST_READ_NBYTES", 300)
+    monkeypatch.setattr("mpitrain.collectives.small.MOST_READ_NBYTES", 300)
     errors: list[object] = []
 
     def body(comm: Communicator) -> object:
