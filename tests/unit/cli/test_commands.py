@@ -124,7 +124,7 @@ def test_of_several_ranks_one_says_what_is_wrong(arguments, variables, message):
 
 @needs_mpirun
 def test_tuning_prints_and_stores_the_table(tmp_path):
-    arguments = ("tune", "--quick", "--collective", "allreduce", "--max-size", "4K", "--minutes", "0.15")
+    arguments = ("tune", "--quick", "--collective", "allreduce", "--max-size", "4K", "--minutes", "3")
     # A named file takes the table however busy the machine is.
     path = tmp_path / "folder" / "table.json"
     done = start(*arguments, "--times", "--output", path, size=2)
