@@ -11,6 +11,7 @@ node's network carries every byte once; the pieces are then on different stages 
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
@@ -129,14 +130,19 @@ def staged_allreduce(
     flags = node.flags
 
     stages = Stages(flags, number)
+    others = [owner for owner in range(node.size) if owner != node.rank]
+
+    # All pieces but the last have the same.
+    @functools.cache
+    def bounds_of(length: int) -> list[tuple[int, int]]:
+        return [slice_bounds(length, node, owner, array.itemsize, across) for owner in range(node.size)]
 
     def chain(piece: int) -> Task[None]:
         first, slot = piece * piece_count, piece % NUM_STAGED * piece_count
         length = min(piece_count, array.size - first)
-        bounds = [slice_bounds(length, node, owner, array.itemsize, across) for owner in range(node.size)]
+        bounds = bounds_of(length)
         here = [array[first + begin : first + end] for begin, end in bounds]
         there = [slice(slot + begin, slot + end) for begin, end in bounds]
-        others = [owner for owner in range(node.size) if owner != node.rank]
         if piece >= NUM_STAGED:
             yield from stages.left_by_all(EMPTIED, piece - NUM_STAGED)
         else:
