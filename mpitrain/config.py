@@ -94,6 +94,8 @@ class Settings:
         stall_shutdown_s: After so long a named operation that not all ranks have started ends everything on its group,
             with an error on every rank that waits; 0 is never.
         shared_memory: Let ranks of one node reduce in memory that all of them map, where MPI can share it.
+        cross_memory: Let ranks of one node read each other's ordinary arrays, from 2 MiB on, where they lie, if the
+            kernel allows it (cross memory attach); else they pass through shared memory.
         staging_nbytes: Shared memory of each rank and communicator through which ordinary arrays pass; blocking calls
             have as much again.
         cuda_aware: Whether device arrays go straight to MPI: "yes", "no", or "auto", which tries it, once on each
@@ -122,6 +124,7 @@ class Settings:
     stall_warning_s: float = 60.0
     stall_shutdown_s: float = 0.0
     shared_memory: bool = True
+    cross_memory: bool = True
     staging_nbytes: int = 2 << 20
     cuda_aware: str = "auto"
     shared_device_memory: bool = True
@@ -172,6 +175,7 @@ _PARSERS: dict[str, Callable[[str], object]] = {
     "stall_warning_s": _seconds,
     "stall_shutdown_s": _seconds,
     "shared_memory": _switch,
+    "cross_memory": _switch,
     "staging_nbytes": _positive,
     "cuda_aware": _answer,
     "shared_device_memory": _switch,

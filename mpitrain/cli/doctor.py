@@ -18,6 +18,7 @@ from mpitrain.doctor import (
     Finding,
     can_train,
     check_agreement,
+    check_cross_memory,
     check_host,
     check_launcher,
     check_mpi,
@@ -28,6 +29,7 @@ from mpitrain.doctor import (
 )
 from mpitrain.errors import LaunchError
 from mpitrain.launch import is_rank, parse_hosts, read_hostfile
+from mpitrain.memory import make_sample
 
 __all__ = ["doctor"]
 
@@ -86,6 +88,9 @@ def _examine_ranks(findings: list[Finding]) -> tuple[list[Finding], bool]:
     transport = MPITransport()
     topology = Topology.discover(transport)
     mine += check_host(topology.local_size, topology.cores_per_rank)
+    samples = transport.gather_everywhere((topology.node_index, make_sample()))
+    if topology.local_size > 1:
+        mine.append(check_cross_memory([sample for node_index, sample in samples if node_index == topology.node_index]))
     everybodys: list[tuple[list[Finding], dict[str, str]]] = transport.gather_everywhere(
         (mine, facts_of_rank(library_facts().title))
     )

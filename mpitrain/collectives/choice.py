@@ -78,4 +78,5 @@ class AlgorithmChoice:
             segment_nbytes=self._segment_nbytes,
             blocking=blocking,
             in_window=in_window,
+            reads_memory=self.available.reads_memory,
         )

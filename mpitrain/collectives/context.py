@@ -24,6 +24,7 @@ from mpitrain.collectives.observed import ObservedAcross, observed_node
 from mpitrain.collectives.optional_meeting import OptionalMeeting
 from mpitrain.collectives.plan import Call
 from mpitrain.collectives.program import Program, compile_program
+from mpitrain.collectives.reading import read_allreduce
 from mpitrain.collectives.reclaim import Free, Reclaimer
 from mpitrain.collectives.reduction import Reduction
 from mpitrain.collectives.selection import DIRECT, HIERARCHICAL, Available, choose_num_segments
@@ -78,7 +79,8 @@ class Context:
         # Where all ranks are on one node.
         self.meeting = self.node.meeting if self.node is not None and self.across is None else None
         shared = None if self.node is None else DIRECT if self.across is None else HIERARCHICAL
-        self.available = Available(self.has_native, shared)
+        reads_memory = self.meeting is not None and self.node is not None and self.node.cross_memory is not None
+        self.available = Available(self.has_native, shared, reads_memory)
         self.choice = AlgorithmChoice(self.available, Shape.of(topology), table, settings.segment_nbytes)
         self.choose = self.choice.choose
 
@@ -188,13 +190,21 @@ class Context:
         while call.blocking and not is_done(end):
             yield False
 
-    def run_staged(self, data: NDArray[Any], reduction: Reduction, call: Call) -> Task[None]:
-        """Reduce an ordinary array through the node's staging memory, when its turn comes."""
+    def run_ordinary(self, source: NDArray[Any], target: NDArray[Any], reduction: Reduction, call: Call) -> Task[None]:
+        """Reduce ordinary arrays in the node into others, which may be the same."""
         node, across = self._place_of(call)
+        gate = None if call.gates is None else call.gates.of(target)
+        number = call.number + 1
+        has_read = yield from read_allreduce(
+            node, source, target, reduction, number, across=across, scratch=self.scratch, gate=gate
+        )
+        if has_read:
+            return
+        if source is not target:
+            target[:] = source
         while not self.staging_order.may_start(call.staging_ticket):
             yield False
-        gate = None if call.gates is None else call.gates.of(data)
-        yield from staged_allreduce(node, data, reduction, call.number + 1, across, gate=gate)
+        yield from staged_allreduce(node, target, reduction, number, across, gate=gate)
 
     def _place_of(self, call: Call) -> tuple[Node, Across | None]:
         """Return where a call reduces in shared memory, watched if somebody wants to know."""

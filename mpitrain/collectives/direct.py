@@ -4,9 +4,10 @@ Every rank owns a *slice* of the buffer. It reduces its slice over the buffers o
 and stores the result into all of them. The slice is worked through in blocks that stay in the cache, so that memory is
 read once per peer and written once per peer: that is the limit of the memory's bandwidth.
 
-Arrays that the node does not share pass through *staging* memory that it does, in pieces small enough to stay in
-the cache. On several nodes each rank reduces its slice over the nodes before it stores it (*hierarchical*), so a
-node's network carries every byte once; the pieces are then on different stages at the same time.
+Arrays that the node does not share are read by the peers where that can be (see `reading`); else they pass through
+*staging* memory that it does, in pieces small enough to stay in the cache. On several nodes each rank reduces its slice
+over the nodes before it stores it (*hierarchical*), so a node's network carries every byte once; the pieces are then on
+different stages at the same time.
 """
 
 from __future__ import annotations
@@ -21,21 +22,23 @@ from numpy.typing import NDArray
 
 from mpitrain.collectives.executor import Task
 from mpitrain.collectives.gate import Gate
-from mpitrain.collectives.layout import even_counts
 from mpitrain.collectives.node import Flags, Node
 from mpitrain.collectives.reduction import Reduction
 
 __all__ = [
+    "EMPTIED",
     "FILLED",
     "NEXT_STEPS",
     "NUM_STAGED",
     "REDUCED",
     "Across",
     "Stages",
+    "finish_across",
     "pipeline",
     "shared_allreduce",
     "slice_bounds",
     "staged_allreduce",
+    "staged_count",
     "wait",
 ]
 
@@ -95,7 +98,7 @@ def shared_allreduce(
             return
         mine = parts[node.rank]
         yield from _reduce_blocks(parts, [mine], reduction, is_final=False)
-        yield from _finish_across(mine, reduction, number, piece, across)
+        yield from finish_across(mine, reduction, number, piece, across)
         for index, part in enumerate(parts):
             if index != node.rank:
                 part[:] = mine
@@ -125,8 +128,7 @@ def staged_allreduce(
         cache.
     Determinism: reduced in rank order; same bits on all ranks, run after run.
     """
-    staging = node.staging(array.dtype)
-    piece_count = staging[0].size // NUM_STAGED
+    staging, piece_count = node.staging(array.dtype), staged_count(node, array.dtype)
     flags = node.flags
 
     stages = Stages(flags, number)
@@ -159,7 +161,7 @@ def staged_allreduce(
             yield from _reduce_blocks(sources, [mine, shown], reduction, is_final=True)
         else:
             yield from _reduce_blocks(sources, [mine], reduction, is_final=False)
-            yield from _finish_across(mine, reduction, number, piece, across)
+            yield from finish_across(mine, reduction, number, piece, across)
             shown[:] = mine
         yield from stages.leave(REDUCED, piece)
         yield from stages.left_by_all(REDUCED, piece)
@@ -174,6 +176,11 @@ def staged_allreduce(
     if num_pieces:
         node.last_staged = (number, num_pieces - 1)
     yield from pipeline((chain(piece) for piece in range(num_pieces)), NUM_STAGED)
+
+
+def staged_count(node: Node, storage: np.dtype[Any]) -> int:
+    """Return how many elements of an ordinary array a piece has; the same on all nodes."""
+    return node.staging_nbytes // storage.itemsize // NUM_STAGED
 
 
 class Stages:
@@ -196,7 +203,7 @@ class Stages:
         self._next[stage] = piece + 1
 
 
-def _finish_across(mine: NDArray[Any], reduction: Reduction, number: int, piece: int, across: Across) -> Task[None]:
+def finish_across(mine: NDArray[Any], reduction: Reduction, number: int, piece: int, across: Across) -> Task[None]:
     """Reduce this rank's slice of a piece over the nodes."""
     if mine.size:
         yield from across.allreduce(mine, reduction, number * _NUM_ACROSS + piece % _NUM_ACROSS)
@@ -235,9 +242,11 @@ def slice_bounds(count: int, node: Node, owner: int, itemsize: int, across: Acro
     if owner >= num_slices:
         return count, count
     line = max(1, _LINE_NBYTES // itemsize)
-    counts = even_counts(-(-count // line), num_slices)
-    begin = sum(counts[:owner]) * line
-    return min(begin, count), min(begin + counts[owner] * line, count)
+    # As `even_counts` of the lines.
+    share, extra = divmod(-(-count // line), num_slices)
+    begin = (owner * share + min(owner, extra)) * line
+    length = (share + (owner < extra)) * line
+    return min(begin, count), min(begin + length, count)
 
 
 def pipeline(chains: Iterable[Task[None]], depth: int) -> Task[None]:

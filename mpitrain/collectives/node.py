@@ -14,7 +14,7 @@ from mpitrain.collectives.meeting import Meeting, meeting_nbytes
 from mpitrain.comm import Topology, Transport
 from mpitrain.config import Settings
 from mpitrain.errors import CommError, UnavailableError
-from mpitrain.memory import SharedBlock, free_shared_nbytes
+from mpitrain.memory import CrossMemory, SharedBlock, can_read, free_shared_nbytes, make_sample
 
 __all__ = ["FlagUsers", "Flags", "Node", "make_node"]
 
@@ -25,7 +25,9 @@ _FLAG_NBYTES = 64
 _FLAG_STRIDE = _FLAG_NBYTES // 8
 # Operations that are in flight at once; more wait for their turn.
 _NUM_SLOTS = 128
-_NUM_PHASES = 3
+_NUM_PHASES = 4
+# In the last of them ranks show where their arrays lie; the addresses are beside the flag.
+_SHOWN = 3
 _FLAGS_NBYTES = _NUM_SLOTS * _NUM_PHASES * _FLAG_NBYTES
 # Of the staging memory; blocking calls have slots of their own, of this size, for what is not staged in pieces.
 _SLOT_SHARE = 2
@@ -72,6 +74,19 @@ class Flags:
         self._fence()
         return True
 
+    def show(self, number: int, source: int, target: int) -> None:
+        """Tell the others of an operation at which addresses this rank reads and writes; 0 if they cannot read it."""
+        index = self._index(_SHOWN, number)
+        self._own[index + 1], self._own[index + 2] = source, target
+        self.signal(_SHOWN, number)
+
+    def shown(self, number: int) -> list[tuple[int, int]] | None:
+        """Return what all ranks have shown of an operation, by rank; None as long as some have not."""
+        if not self.reached(_SHOWN, number):
+            return None
+        index = self._index(_SHOWN, number)
+        return [(flags[index + 1], flags[index + 2]) for flags in self._flags]
+
     @staticmethod
     def _index(phase: int, number: int) -> int:
         return (phase * _NUM_SLOTS + number % _NUM_SLOTS) * _FLAG_STRIDE
@@ -112,9 +127,13 @@ class Node:
     Args:
         transport: The ranks of the node and no others; the node owns it from now on.
         staging_nbytes: Memory per rank through which ordinary arrays are passed, 0 for none.
+        reads_memory: Whether ranks may read each other's memory where the kernel allows it; the same on all.
+
+    Attributes:
+        cross_memory: Reads it; None where some rank cannot read that of another.
     """
 
-    def __init__(self, transport: Transport, staging_nbytes: int) -> None:
+    def __init__(self, transport: Transport, staging_nbytes: int, *, reads_memory: bool = True) -> None:
         self._transport = transport
         self.rank = transport.rank
         self.size = transport.size
@@ -128,6 +147,7 @@ class Node:
         self.staging_nbytes = staging_nbytes
         # Operation and piece that used the staging memory last; at first, one that nobody waits for.
         self.last_staged = (0, -1)
+        self.cross_memory = self._try_cross_memory() if reads_memory else None
 
     def staging(self, storage: np.dtype[Any]) -> list[NDArray[Any]]:
         """Return every rank's staging memory as elements of one type."""
@@ -140,6 +160,12 @@ class Node:
             UnavailableError: There is not enough memory to share; on every rank of the node.
         """
         return _allocate(self._transport, nbytes)
+
+    def _try_cross_memory(self) -> CrossMemory | None:
+        samples = self.gather(make_sample())
+        if not all(self.gather(can_read(samples))):
+            return None
+        return CrossMemory([sample.pid for sample in samples])
 
     def gather(self, value: Any) -> list[Any]:
         """Collect a value of each rank of the node on every one of them, by rank; every one must call."""
@@ -167,7 +193,7 @@ def make_node(transport: Transport, topology: Topology, settings: Settings) -> N
     on_node = transport.split(topology.node_index, transport.rank)
     assert on_node is not None
     try:
-        node, problem = Node(on_node, settings.staging_nbytes), ""
+        node, problem = Node(on_node, settings.staging_nbytes, reads_memory=settings.cross_memory), ""
     except UnavailableError as error:
         node, problem = None, str(error)
     problems = [text for text in transport.gather_everywhere(problem) if text]

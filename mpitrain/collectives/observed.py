@@ -47,6 +47,16 @@ class _ObservedFlags:
         self._trace.enter("")
         self._flags.signal(phase, number, part)
 
+    def show(self, number: int, source: int, target: int) -> None:
+        self._trace.enter("")
+        self._flags.show(number, source, target)
+
+    def shown(self, number: int) -> list[tuple[int, int]] | None:
+        shown = self._flags.shown(number)
+        if shown is not None:
+            self._trace.enter(NEXT_STEPS[0])
+        return shown
+
     def reached(self, phase: int, number: int, part: int = 0) -> bool:
         have_reached = self._flags.reached(phase, number, part)
         if have_reached:

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import functools
 
-from mpitrain.collectives.selection import DIRECT, HIERARCHICAL, NATIVE, choose_num_segments
+from mpitrain.collectives.selection import DIRECT, HIERARCHICAL, LEAST_READ_NBYTES, NATIVE, choose_num_segments
 from mpitrain.collectives.table import Shape
 from mpitrain.schedules import ALGORITHMS, Algorithm, Network, price
 
@@ -39,6 +39,7 @@ _SCHEDULE_CALL_S = 30e-6
 _NATIVE_CALL_S = 8e-6
 _STAGED_CALL_S = 35e-6
 _WINDOW_CALL_S = 24e-6
+_READ_CALL_S = 250e-6
 _MEETING_CALL_S = 2.5e-6
 _PLAN_CALL_S = 9e-6
 _MET_RANK_S = 0.1e-6
@@ -64,6 +65,8 @@ _WINDOW_BYTES_PER_S = 16e9
 _STAGED_BYTES_PER_S = 14e9
 _COPIED_BYTES_PER_S = 9e9
 _PASSED_BYTES_PER_S = 11e9
+# What the ranks read of each other's ordinary arrays. It is as fast as the library's own at about 8 MiB.
+_READ_BYTES_PER_S = 9.5e9
 # How many times longer than the best schedule's a byte takes in an MPI library: in a node; there where its temporary
 # buffers are fresh pages in each call, as the C library returns those of 32 MiB and more to the system; between nodes,
 # where it was 1.1 to 2.1; and without a caller who waits, where it was 1.9 to 3.4 from 256 KiB.
@@ -95,6 +98,7 @@ def predict_algorithm(
     segment_nbytes: int,
     blocking: bool = True,
     in_window: bool = False,
+    reads_memory: bool = False,
 ) -> str:
     """Return the candidate that costs least; the first of them where several do, but for rounding.
 
@@ -106,8 +110,15 @@ def predict_algorithm(
         segment_nbytes: See `Settings`.
         blocking: Whether the caller waits in the call.
         in_window: Whether the array lies in memory that the ranks of a node share.
+        reads_memory: Whether the ranks, all of one node, read each other's ordinary arrays.
     """
-    cost_s = functools.partial(predicted_s, segment_nbytes=segment_nbytes, blocking=blocking, in_window=in_window)
+    cost_s = functools.partial(
+        predicted_s,
+        segment_nbytes=segment_nbytes,
+        blocking=blocking,
+        in_window=in_window,
+        reads_memory=reads_memory,
+    )
     costs_s = {name: cost_s(collective, name, nbytes, shape) for name in candidates}
     limit_s = min(costs_s.values()) * (1 + _ROUNDING)
     return next(name for name in candidates if costs_s[name] <= limit_s)
@@ -122,6 +133,7 @@ def predicted_s(
     segment_nbytes: int,
     blocking: bool = True,
     in_window: bool = False,
+    reads_memory: bool = False,
 ) -> float:
     """Return the time that an algorithm is thought to take.
 
@@ -138,6 +150,8 @@ def predicted_s(
         largest_brought = _READ_WHOLE_NBYTES / max(1, shape.size - 1) if in_window else _BROUGHT_NBYTES
         if name == DIRECT and blocking and nbytes <= largest_brought:
             return _MEETING_CALL_S + shape.size * _MET_RANK_S + nbytes * shape.size / _STAGED_BYTES_PER_S
+        if reads_memory and not in_window and nbytes >= LEAST_READ_NBYTES:
+            return _READ_CALL_S + nbytes * 2 * (shape.size - 1) / shape.size / _READ_BYTES_PER_S
         return _shared_memory_s(nbytes, shape, in_window=in_window)
     if name not in ALGORITHMS[collective]:
         raise ValueError(f"algorithm of {collective}: has no price, got {name!r}; name one of the registry")

@@ -9,6 +9,7 @@ from mpitrain.schedules import ALGORITHMS
 __all__ = [
     "DIRECT",
     "HIERARCHICAL",
+    "LEAST_READ_NBYTES",
     "NATIVE",
     "Available",
     "check_algorithm",
@@ -20,6 +21,9 @@ NATIVE = "native"
 # In memory that the ranks of a node share: on one node, and on several.
 DIRECT = "direct"
 HIERARCHICAL = "hierarchical"
+# Ordinary arrays from here on are read by the peers where that can be; what is smaller passes through staging memory
+# in less time than it takes to ask for it.
+LEAST_READ_NBYTES = 2 << 20
 
 _IN_MEMORY = {
     DIRECT: ("allreduce", "allgather", "broadcast", "reduce", "reduce_scatter"),
@@ -35,10 +39,12 @@ class Available:
     Attributes:
         has_native: Whether the MPI library has collectives.
         shared: The algorithm in memory that the ranks of a node share, None without such memory.
+        reads_memory: Whether the ranks, all of one node, can also read each other's ordinary arrays.
     """
 
     has_native: bool = True
     shared: str | None = None
+    reads_memory: bool = False
 
 
 def known_algorithms(collective: str, available: Available) -> list[str]:

@@ -1,7 +1,7 @@
 """Finds out whether training can run here, and says what to do where it cannot."""
 
 from mpitrain.doctor.findings import Finding, Status, can_train
-from mpitrain.doctor.host import check_host
+from mpitrain.doctor.host import check_cross_memory, check_host
 from mpitrain.doctor.launching import check_launcher, check_reach
 from mpitrain.doctor.mpi import check_mpi, why_mpi_does_not_start
 from mpitrain.doctor.packages import check_packages
@@ -12,6 +12,7 @@ __all__ = [
     "Status",
     "can_train",
     "check_agreement",
+    "check_cross_memory",
     "check_host",
     "check_launcher",
     "check_mpi",

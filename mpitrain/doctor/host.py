@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from mpitrain.config import Settings, copy_environment, unused_horovod_variables
 from mpitrain.doctor.findings import Finding
-from mpitrain.memory import free_shared_nbytes, total_shared_nbytes
+from mpitrain.memory import Sample, can_read, free_shared_nbytes, total_shared_nbytes
 
-__all__ = ["check_host", "usable_cores"]
+__all__ = ["check_cross_memory", "check_host", "usable_cores"]
 
 _MIB = 1 << 20
 # Staging memory and the buckets of a model of some size, for every rank.
@@ -28,6 +29,16 @@ def check_host(local_size: int, cores_per_rank: float) -> list[Finding]:
         cores_per_rank: Cores that the ranks of the host may use, divided by their number.
     """
     return [_check_shared_memory(local_size), _check_cores(local_size, cores_per_rank), _check_settings()]
+
+
+def check_cross_memory(samples: Sequence[Sample]) -> Finding:
+    """Try to read the memory of other processes of this host, of which these are samples."""
+    name = "cross memory attach"
+    if can_read(samples):
+        return Finding(name, "ok", "ranks of this host can read each other's arrays from where they lie")
+    remedy = "one container for all ranks of a host, with the right to ptrace (--cap-add=SYS_PTRACE)"
+    text = "ranks of this host cannot read each other's arrays; large ones are copied twice, more slowly"
+    return Finding(name, "warning", text, remedy)
 
 
 def _check_shared_memory(local_size: int) -> Finding:

@@ -12,6 +12,7 @@ from mpitrain.collectives.operations.adasum import plan_adasum
 from mpitrain.collectives.plan import Call, Plan
 from mpitrain.collectives.quick import Caller, Quick
 from mpitrain.collectives.quick_native import QuickNative
+from mpitrain.collectives.quick_ordinary import QuickOrdinary
 from mpitrain.collectives.quick_small import QuickSmall
 from mpitrain.collectives.reduction import Reduction
 from mpitrain.collectives.selection import NATIVE
@@ -67,7 +68,7 @@ def plan_allreduce(
             # What is in shared memory already is not copied there, if it takes two exchanges anyway.
             if small.is_whole or not place:
                 return _plan_at_meeting(context, small, view, description)
-        return _plan_in_node(context, array if place else None, view, op, description)
+        return _plan_in_node(context, array if place else None, view, op, description, blocking=blocking)
     uses_native = name == NATIVE
     if not uses_native:
         counts = even_counts(view.count, context.num_chunks("allreduce", name, view.nbytes))
@@ -88,15 +89,13 @@ def plan_allreduce(
     def quick(caller: Caller, _shape: tuple[int, ...]) -> Quick:
         return QuickNative(context, caller, Reduction(dtype, op, context.size), nbytes, description)
 
-    # Where the ranks meet without being asked to, and where nobody wants to stop waiting.
-    meets = uses_native and context.meeting is not None and context.settings.check and not context.settings.timeout_s
     return Plan(
         description,
         task,
         uses_native,
         nbytes=view.nbytes,
         is_gated=not uses_native,
-        quick=quick if blocking and meets else None,
+        quick=quick if uses_native and blocking and _meets(context) else None,
     )
 
 
@@ -114,24 +113,36 @@ def _plan_at_meeting(context: Context, small: SmallAllreduce, view: FlatArray, d
 
 
 def _plan_in_node(
-    context: Context, shared: SharedArray | None, view: FlatArray, op: ReduceOp, description: str
+    context: Context, shared: SharedArray | None, view: FlatArray, op: ReduceOp, description: str, *, blocking: bool
 ) -> Plan[Any]:
-    """Prepare an all-reduce by load and store: of an array in shared memory, else through staging memory."""
+    """Prepare an all-reduce by load and store: of an array in shared memory, or of ordinary ones."""
     reduction = Reduction(view.dtype, op, context.size)
+    description = f"{description} in shared memory" if shared is not None else description
 
     def task(call: Call) -> Task[Any]:
         if shared is not None:
             yield from context.run_shared(shared, reduction, call)
         else:
-            yield from context.run_staged(view.data, reduction, call)
+            yield from context.run_ordinary(view.data, view.data, reduction, call)
         return view.owner
 
-    way = "in shared memory" if shared is not None else "through staging memory"
+    nbytes = view.nbytes
+
+    def quick(caller: Caller, _shape: tuple[int, ...]) -> Quick:
+        return QuickOrdinary(context, caller, reduction, nbytes, description)
+
+    is_quick = shared is None and blocking and _meets(context)
     return Plan(
-        f"{description} {way}",
+        description,
         task,
         uses_staging=shared is None,
         uses_flags=True,
-        nbytes=view.nbytes,
+        nbytes=nbytes,
         is_gated=shared is None,
+        quick=quick if is_quick else None,
     )
+
+
+def _meets(context: Context) -> bool:
+    """Whether the ranks meet without being asked to, and nobody wants to stop waiting."""
+    return context.meeting is not None and context.settings.check and not context.settings.timeout_s

@@ -73,3 +73,4 @@ def test_under_mpirun_the_odd_rank_is_named():
     assert found["agreement"]["status"] == "failure"
     assert "setting algorithm: rank 1 on " in found["agreement"]["text"]
     assert found["agreement"]["text"].endswith(" has ring; most have auto")
+    assert "cross memory attach" in found

@@ -78,6 +78,13 @@ ENDINGS = {
         while True:
             comm.allreduce_(buffer)
     """,
+    "killed while its memory is read": """
+        large = np.ones(1 << 20, np.float32)
+        if comm.rank == 1:
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        while True:
+            comm.allreduce_(large, algorithm="direct")
+    """,
     "by an exception in the middle": """
         from mpitrain.collectives.reduction import Reduction
         handle = comm.allreduce_async_(buffer)

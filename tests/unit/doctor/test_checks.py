@@ -12,6 +12,7 @@ from mpitrain.doctor import (
     Finding,
     can_train,
     check_agreement,
+    check_cross_memory,
     check_host,
     check_launcher,
     check_mpi,
@@ -23,6 +24,7 @@ from mpitrain.doctor import (
     why_mpi_does_not_start,
 )
 from mpitrain.launch import Host
+from mpitrain.memory import can_read, make_sample
 from tests.support.fake_cupy import stand_in
 
 MIB = 1 << 20
@@ -274,3 +276,13 @@ def test_hosts_are_reached_by_the_launchers_own_agent(folder, monkeypatch):
     assert (unknown.status, unknown.text) == ("failure", "unknown")
     monkeypatch.setenv("HYDRA_LAUNCHER_EXEC", str(folder / "none"))
     assert check_reach(hosts)[0].text.endswith("none not found, by which they are reached")
+
+
+def test_memory_of_other_ranks_can_be_read_or_not():
+    sample = make_sample()
+    if not can_read([sample]):
+        pytest.skip("this system has no cross memory attach")
+    assert check_cross_memory([sample, sample]).status == "ok"
+    found = check_cross_memory([sample, sample._replace(token=bytes(16))])
+    assert found.status == "warning"
+    assert "--cap-add=SYS_PTRACE" in found.remedy
