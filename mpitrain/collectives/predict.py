@@ -66,7 +66,7 @@ _STAGED_BYTES_PER_S = 14e9
 _COPIED_BYTES_PER_S = 9e9
 _PASSED_BYTES_PER_S = 11e9
 # What the ranks read of each other's ordinary arrays. It is as fast as the library's own at about 8 MiB.
-_READ_BYTES_PER_S = 9.5e9
+_READ_BYTES_PER_S = 9e9
 # How many times longer than the best schedule's a byte takes in an MPI library: in a node; there where its temporary
 # buffers are fresh pages in each call, as the C library returns those of 32 MiB and more to the system; between nodes,
 # where it was 1.1 to 2.1; and without a caller who waits, where it was 1.9 to 3.4 from 256 KiB.
