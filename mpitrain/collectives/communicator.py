@@ -230,6 +230,11 @@ class Communicator(ObjectCollectives, Allocation):
         self._reclaimer.register(other, other._context.free)
         self._reclaimer.reclaim()
 
+    @property
+    def is_revoked(self) -> bool:
+        """Whether this rank knows that the communicator was given up."""
+        return self._watch.revoked is not None
+
     def revoke(self, reason: str) -> None:
         """Give the communicator up: operations that this rank has not completed raise `CommRevokedError` on all."""
         self._watch.give_up(reason, self._calls.number)

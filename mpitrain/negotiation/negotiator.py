@@ -151,7 +151,8 @@ class Negotiator:
         Raises:
             ValueError, TypeError: An array that cannot be communicated.
         """
-        if self._shortcut is None:
+        # Of a group that was given up no operation ends well, whichever way it would go.
+        if self._shortcut is None or self.comm.is_revoked:
             return None
         attempt = self._shortcut.attempt(name, array, op=op, prescale=prescale, postscale=postscale, in_place=in_place)
         if attempt is None:

@@ -13,7 +13,7 @@ import pytest
 from mpitrain.collectives import Communicator, Handle
 from mpitrain.comm import Transport, run_ranks
 from mpitrain.config import Settings
-from mpitrain.errors import CollectiveMismatchError, CommError, CommTimeoutError, RankFailedError
+from mpitrain.errors import CollectiveMismatchError, CommError, CommRevokedError, CommTimeoutError, RankFailedError
 from mpitrain.negotiation import Negotiator
 from mpitrain.negotiation import service as service_module
 from mpitrain.negotiation.shortcut import Attempt, Shortcut
@@ -111,6 +111,19 @@ def test_ranks_on_several_nodes_and_without_shared_memory_announce() -> None:
     assert run(2, lambda negotiator: takes_shortcut(negotiator, "a", np.ones(5)), ranks_per_node=1) == [False] * 2
     config = SETTINGS.replace(shared_memory=False)
     assert run(2, lambda negotiator: takes_shortcut(negotiator, "a", np.ones(5)), config) == [False] * 2
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_group_that_was_given_up_has_no_shortcut(size: int) -> None:
+    def body(negotiator: Negotiator) -> list[Any]:
+        before = reduce(negotiator, "x", 1.0)[0]
+        if negotiator.comm.rank == size - 1:
+            negotiator.comm.revoke("test")
+        return [before, outcome(lambda: reduce(negotiator, "x", 1.0)), outcome(lambda: reduce(negotiator, "y", 1.0))]
+
+    for before, *errors in run(size, body):
+        assert before == size
+        assert all(isinstance(error, CommRevokedError) for error in errors), errors
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
