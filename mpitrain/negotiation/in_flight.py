@@ -79,12 +79,6 @@ class InFlight:
             undecided = [(name, entry.since_s) for name, entry in self._undecided.items() if name != JOIN]
             return Waiting(undecided, [(each.announcement.name, each.since_s) for each in self._refusals.waiting()])
 
-    @property
-    def has_reservations(self) -> bool:
-        """Whether an operation is still to be announced."""
-        with self._lock:
-            return any(isinstance(holder, Reservation) for holder in self._names.values())
-
     def reserve(self, name: str) -> Reservation:
         """Hold a name for an operation that `enter` takes on later, or `release` gives up.
 
@@ -230,10 +224,17 @@ class InFlight:
         with self._lock:
             return self._undecided.pop(name, None)
 
-    def join(self, stand_in: StandIn) -> None:
-        """Note that this rank has joined: it starts nothing, and has somebody stand in."""
+    def join(self, stand_in: StandIn) -> bool:
+        """Note that this rank has joined: it starts nothing, and has somebody stand in.
+
+        Not as long as an operation that it has started may still be announced; whether it was done.
+        """
         with self._lock:
+            is_at_meeting = self._meeting is not None and self._meeting.visitor is not None
+            if is_at_meeting or any(isinstance(holder, Reservation) for holder in self._names.values()):
+                return False
             self._stand_in = stand_in
+            return True
 
     def end_join(self) -> None:
         """Note that all ranks have joined."""

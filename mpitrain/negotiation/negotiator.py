@@ -206,9 +206,8 @@ class Negotiator:
         Returns:
             Handle of a list with the rank that has joined last.
         """
-        # What this rank has started before is announced before.
-        self.comm.engine.wait_until(lambda: not self._in_flight.has_reservations, JOIN)
-        self._in_flight.join(stand_in)
+        # What this rank has started before is announced before, or needs no announcement.
+        self.comm.engine.wait_until(lambda: self._in_flight.join(stand_in), JOIN)
         return self._enter(Announcement(JOIN, JOIN), [], in_place=False)
 
     def _start_step(self, name: str) -> None:

@@ -50,7 +50,8 @@ def test_a_name_is_held_until_its_operation_is_forgotten(in_flight, said) -> Non
 def test_a_reserved_name_is_held_before_anything_is_announced(in_flight, said) -> None:
     reservation = in_flight.reserve("a")
     assert in_flight.holds("a")
-    assert in_flight.has_reservations
+    # It is announced before this rank joins.
+    assert not in_flight.join(lambda _step: None)
     assert said == []
     assert not in_flight.awaits_decision
     for start in (lambda: in_flight.reserve("a"), lambda: in_flight.enter(entry_of("a"), None)):
@@ -59,7 +60,8 @@ def test_a_reserved_name_is_held_before_anything_is_announced(in_flight, said) -
     entry = entry_of("a")
     in_flight.enter(entry, None, reservation)
     assert said == [entry.announcement]
-    assert not in_flight.has_reservations
+    assert in_flight.join(lambda _step: None)
+    in_flight.end_join()
     # It is the operation's now.
     in_flight.release(reservation)
     assert in_flight.holds("a")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -369,6 +370,34 @@ def test_a_rank_that_has_joined_takes_part_with_what_changes_nothing() -> None:
             assert reduce(negotiator, f"end of {epoch}", 1.0).tolist() == [3.0]
 
     run(3, body)
+
+
+@pytest.mark.parametrize("early", [0, 1])
+@pytest.mark.parametrize("form", [reduce, lambda *arguments: wait(start(*arguments))])
+def test_a_rank_that_joins_while_another_thread_waits_does_not_overtake_it(
+    early: int, form: Callable[..., Any]
+) -> None:
+    is_waiting = threading.Event()
+
+    def body(negotiator: Negotiator) -> list[float]:
+        if negotiator.comm.rank != early:
+            is_waiting.wait(HANG_S)
+            result = form(negotiator, "x", np.array([2.0]))
+            negotiator.join(lambda step: None).wait(HANG_S)
+            return list(result)
+        results: list[float] = []
+        waiter = threading.Thread(target=lambda: results.extend(reduce(negotiator, "x", 1.0)), daemon=True)
+        waiter.start()
+        assert negotiator._shortcut is not None
+        while negotiator._shortcut.meeting.visitor is None:
+            time.sleep(1e-3)
+        # The other one sees, at the earliest, that this rank is about to join.
+        threading.Timer(0.05, is_waiting.set).start()
+        negotiator.join(lambda step: None).wait(HANG_S)
+        waiter.join(HANG_S)
+        return results
+
+    assert run(2, body) == [[3.0], [3.0]]
 
 
 @pytest.mark.parametrize("missing", [0, 2])
