@@ -195,9 +195,7 @@ class Context:
         node, across = self._place_of(call)
         gate = None if call.gates is None else call.gates.of(target)
         number = call.number + 1
-        has_read = yield from read_allreduce(
-            node, source, target, reduction, number, across=across, scratch=self.scratch, gate=gate
-        )
+        has_read = yield from read_allreduce(node, source, target, reduction, number, across=across, gate=gate)
         if has_read:
             return
         if source is not target:

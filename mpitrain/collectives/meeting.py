@@ -22,11 +22,12 @@ from mpitrain.memory import SharedBlock
 __all__ = ["DIGEST", "LINE", "NEXT", "Meeting", "meeting_nbytes"]
 
 _NUM_SLOTS = 2
-# Every flag has a cache line of its own: number and digest of one meeting, the number of one that has ended; then the
-# number of the first meeting that this rank may still come to.
+# Every flag has a cache line of its own: number, digest and mark of one meeting, the number of one that has ended; then
+# the number of the first meeting that this rank may still come to.
 _LINE_NBYTES = 64
 LINE = _LINE_NBYTES // 8
 DIGEST = 1
+_MARK = 2
 _ENDED = _NUM_SLOTS * LINE
 NEXT = 2 * _NUM_SLOTS * LINE
 _FLAGS_NBYTES = 4096
@@ -88,11 +89,12 @@ class Meeting:
         """Slot of the next meeting, which this rank may already write to."""
         return (self.number + 1) % _NUM_SLOTS
 
-    def arrive(self, digest: int) -> None:
-        """Come to the next meeting; `slot` is its slot from now on."""
+    def arrive(self, digest: int, *, is_marked: bool = False) -> None:
+        """Come to the next meeting; `slot` is its slot from now on. What all have marked they may do in another way."""
         self.number = number = self.number + 1
         slot = number % _NUM_SLOTS
         self.own[slot * LINE + DIGEST] = digest
+        self.own[slot * LINE + _MARK] = is_marked
         self.fence()
         self.own[slot * LINE] = number
 
@@ -153,6 +155,11 @@ class Meeting:
         index = self.slot * LINE + DIGEST
         digest = self.own[index]
         return all(flags[index] == digest for flags in self.others)
+
+    def is_marked(self) -> bool:
+        """Whether all have marked it; for a meeting that is complete, at which all mean the same."""
+        index = self.slot * LINE + _MARK
+        return bool(self.own[index]) and all(flags[index] for flags in self.others)
 
     def end(self) -> None:
         """Say that this rank has written its part of the results."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from mpitrain.config import Settings
 from mpitrain.errors import CommError, UnavailableError
 from mpitrain.memory import CrossMemory, SharedBlock, can_read, free_shared_nbytes, make_sample
 
-__all__ = ["FlagUsers", "Flags", "Node", "make_node"]
+__all__ = ["SHOWN", "FlagUsers", "Flags", "Node", "block_nbytes", "make_node"]
 
 _log = logging.getLogger("mpitrain")
 
@@ -27,16 +29,25 @@ _FLAG_STRIDE = _FLAG_NBYTES // 8
 _NUM_SLOTS = 128
 _NUM_PHASES = 4
 # In the last of them ranks show where their arrays lie; the addresses are beside the flag.
-_SHOWN = 3
+SHOWN = 3
 _FLAGS_NBYTES = _NUM_SLOTS * _NUM_PHASES * _FLAG_NBYTES
 # Of the staging memory; blocking calls have slots of their own, of this size, for what is not staged in pieces.
 _SLOT_SHARE = 2
 # For each rank, so that pieces of any dtype have a place for every owner.
 _LEAST_STAGED_NBYTES = 256
 _SLOT_GRAIN_NBYTES = 64
+# What is read of peers at once: with as much of its own a rank stays in its core's cache. It is shared by the peers,
+# but below the least there is more to ask for than to copy.
+_BLOCK_NBYTES = 512 << 10
+_LEAST_BLOCK_NBYTES = 64 << 10
 # Parts of an operation that flags can tell apart.
 _MOST_PARTS = 1 << 32
 _MIB = 1 << 20
+
+
+def block_nbytes(size: int) -> int:
+    """Return how much of each peer's memory one of so many ranks reads at once; a multiple of every item size."""
+    return max(_LEAST_BLOCK_NBYTES, _BLOCK_NBYTES // max(1, size - 1) // _SLOT_GRAIN_NBYTES * _SLOT_GRAIN_NBYTES)
 
 
 class Flags:
@@ -76,15 +87,15 @@ class Flags:
 
     def show(self, number: int, source: int, target: int) -> None:
         """Tell the others of an operation at which addresses this rank reads and writes; 0 if they cannot read it."""
-        index = self._index(_SHOWN, number)
+        index = self._index(SHOWN, number)
         self._own[index + 1], self._own[index + 2] = source, target
-        self.signal(_SHOWN, number)
+        self.signal(SHOWN, number)
 
     def shown(self, number: int) -> list[tuple[int, int]] | None:
         """Return what all ranks have shown of an operation, by rank; None as long as some have not."""
-        if not self.reached(_SHOWN, number):
+        if not self.reached(SHOWN, number):
             return None
-        index = self._index(_SHOWN, number)
+        index = self._index(SHOWN, number)
         return [(flags[index + 1], flags[index + 2]) for flags in self._flags]
 
     @staticmethod
@@ -112,12 +123,14 @@ class FlagUsers:
         with self._lock:
             self._numbers.discard(number)
 
+    def has_turn(self, number: int, num_slots: int = _NUM_SLOTS) -> bool:
+        """Whether the call that had the slot before has ended; for slots of another kind, if there are fewer."""
+        with self._lock:
+            return min(self._numbers) > number - num_slots
+
     def turn(self, number: int, num_slots: int = _NUM_SLOTS) -> Task[None]:
-        """Wait until the call that had the slot before has ended; for slots of another kind, if there are fewer."""
-        while True:
-            with self._lock:
-                if min(self._numbers) > number - num_slots:
-                    return
+        """Wait until it is so."""
+        while not self.has_turn(number, num_slots):
             yield False
 
 
@@ -148,6 +161,7 @@ class Node:
         # Operation and piece that used the staging memory last; at first, one that nobody waits for.
         self.last_staged = (0, -1)
         self.cross_memory = self._try_cross_memory() if reads_memory else None
+        self._idle_blocks: list[NDArray[np.uint8]] = []
 
     def staging(self, storage: np.dtype[Any]) -> list[NDArray[Any]]:
         """Return every rank's staging memory as elements of one type."""
@@ -160,6 +174,16 @@ class Node:
             UnavailableError: There is not enough memory to share; on every rank of the node.
         """
         return _allocate(self._transport, nbytes)
+
+    @contextmanager
+    def blocks(self) -> Iterator[NDArray[np.uint8]]:
+        """Lend memory for a block of each rank; any thread may call. Fresh pages would cost more than what is done."""
+        try:
+            memory = self._idle_blocks.pop()
+        except IndexError:
+            memory = np.empty(self.size * block_nbytes(self.size), np.uint8)
+        yield memory
+        self._idle_blocks.append(memory)
 
     def _try_cross_memory(self) -> CrossMemory | None:
         samples = self.gather(make_sample())

@@ -91,8 +91,8 @@ class Quick(abc.ABC):
         """Reduce flat arrays, after a meeting; they may be one and the same object."""
 
     @abc.abstractmethod
-    def _come(self, data: NDArray[Any], /) -> None:
-        """Come to the next meeting, with whatever this rank brings to it."""
+    def _come(self, data: NDArray[Any], total: NDArray[Any], /) -> None:
+        """Come to the next meeting, with whatever this rank brings to it; arguments as for `_reduce`."""
 
     def _begin(self) -> int:
         """Return the number of the call that begins.
@@ -114,18 +114,18 @@ class Quick(abc.ABC):
         if (recorder := self._caller.engine.recorder) is not None:
             recorder.add("allreduce", began_ns, time.monotonic_ns(), self._description)
 
-    def _meet(self, data: NDArray[Any], index: int) -> None:
+    def _meet(self, data: NDArray[Any], total: NDArray[Any], index: int) -> None:
         """Come to the next meeting, and wait until all have and mean the same."""
-        self._come(data)
+        self._come(data, total)
         meeting = self._meeting
         for _ in range(self._polls):
             if meeting.is_complete():
                 if meeting.agrees():
                     return
                 break
-        self._come_again(data, index)
+        self._come_again(data, total, index)
 
-    def _come_again(self, data: NDArray[Any], index: int) -> None:
+    def _come_again(self, data: NDArray[Any], total: NDArray[Any], index: int) -> None:
         """Wait for those who are late to a meeting, or for a later one to which all bring arrays in the like memory.
 
         Raises:
@@ -139,4 +139,4 @@ class Quick(abc.ABC):
             message = self._caller.drive(explain(self._context, self._description, call), self._description, index)
             if message != FALL_BACK:
                 raise CollectiveMismatchError(message)
-            self._come(data)
+            self._come(data, total)

@@ -32,23 +32,25 @@ class QuickNative(Quick):
         self._reduction = reduction
         self._allreduce = context.transport.native.allreduce
 
-    def _come(self, _data: NDArray[Any], /) -> None:
-        self._meeting.arrive(self._digest)
+    def _come(self, data: NDArray[Any], total: NDArray[Any], /) -> None:
+        # MPI reduces from one array into another on all ranks or on none.
+        self._meeting.arrive(self._digest, is_marked=data is not total and data.flags.carray)
 
     def _reduce(self, data: NDArray[Any], total: NDArray[Any], index: int) -> None:
         order = self._context.native_order
         ticket = order.take_ticket()
-        if data is not total:
-            total[:] = data
         try:
-            self._meet(data, index)
+            self._meet(data, total, index)
         except CollectiveMismatchError:
             order.give_back(ticket)
             raise
         if not order.may_start(ticket):
             self._caller.drive(self._turn(ticket), self._description, index)
         began_ns = time.monotonic_ns()
-        self._allreduce(total, self._reduction.dtype, self._reduction.op, blocking=True)
+        source = data if self._meeting.is_marked() else None
+        if source is None and data is not total:
+            total[:] = data
+        self._allreduce(total, self._reduction.dtype, self._reduction.op, blocking=True, source=source)
         self._caller.engine.book_blocking(began_ns)
         # Not where it has failed since: a later collective would take the turn of this one on the other ranks.
         order.give_back(ticket)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from numpy.typing import NDArray
 
 from mpitrain.collectives.context import Context
+from mpitrain.collectives.direct import EMPTIED, REDUCED, wait
 from mpitrain.collectives.executor import Task
+from mpitrain.collectives.node import SHOWN
 from mpitrain.collectives.plan import Call
 from mpitrain.collectives.quick import Caller, Quick
+from mpitrain.collectives.reading import Reading
 from mpitrain.collectives.reduction import Reduction
+from mpitrain.collectives.selection import LEAST_READ_NBYTES
 
 __all__ = ["QuickOrdinary"]
 
@@ -28,9 +33,12 @@ class QuickOrdinary(Quick):
 
     def __init__(self, context: Context, caller: Caller, reduction: Reduction, nbytes: int, description: str) -> None:
         super().__init__(context, caller, nbytes, description)
+        assert context.node is not None
         self._reduction = reduction
+        self._node = context.node
+        self._reads = context.node.cross_memory is not None and nbytes >= LEAST_READ_NBYTES
 
-    def _come(self, _data: NDArray[Any], /) -> None:
+    def _come(self, _data: NDArray[Any], _total: NDArray[Any], /) -> None:
         self._meeting.arrive(self._digest)
 
     def _reduce(self, data: NDArray[Any], total: NDArray[Any], index: int) -> None:
@@ -38,13 +46,18 @@ class QuickOrdinary(Quick):
         ticket = context.staging_order.take_ticket()
         context.flag_users.enter(index)
         call = self._caller.call_of(index)._replace(staging_ticket=ticket)
-        if (recorder := self._caller.engine.recorder) is not None:
+        recorder = self._caller.engine.recorder
+        if recorder is not None:
             call = call._replace(trace=recorder.operation(self._description))
         if not data.flags.c_contiguous:  # peers read it in one piece
             total[:] = data
             data = total
         try:
-            self._meet(data, index)
+            if recorder is None and self._reads and context.flag_users.has_turn(index):
+                if self._read(data, total, index):
+                    return
+            else:
+                self._meet(data, total, index)
             task = self._task(data, total, call)
             self._caller.drive(task if call.trace is None else call.trace.watch(task), self._description, index)
         finally:
@@ -56,6 +69,42 @@ class QuickOrdinary(Quick):
     def _task(self, data: NDArray[Any], total: NDArray[Any], call: Call) -> Task[None]:
         yield from self._context.flag_users.turn(call.number)
         yield from self._context.run_ordinary(data, total, self._reduction, call)
+
+    def _read(self, data: NDArray[Any], total: NDArray[Any], index: int) -> bool:
+        """Meet, and do what `read_allreduce` does, without its tasks; whether all ranks could read.
+
+        A few steps take as long as a megabyte that is read.
+        """
+        began_ns = time.monotonic_ns()
+        node, flags, number = self._node, self._node.flags, index + 1
+        assert node.cross_memory is not None
+        target = node.cross_memory.show(total)
+        # Before the meeting, after which those have seen it who do the same.
+        flags.show(number, target if data is total else node.cross_memory.show(data), target)
+        self._meet(data, total, index)
+        self._await(SHOWN, number, index)
+        shown = flags.shown(number)
+        assert shown is not None
+        if not all(map(all, shown)):
+            return False
+        reading = Reading(node, data, total, shown, self._reduction, across=None)
+        for _ in reading.reduce(0, total.size):
+            pass
+        flags.signal(REDUCED, number)
+        self._await(REDUCED, number, index)
+        for _ in reading.collect(0, total.size):
+            pass
+        flags.signal(EMPTIED, number)
+        self._await(EMPTIED, number, index)
+        self._caller.engine.book_blocking(began_ns)
+        return True
+
+    def _await(self, phase: int, number: int, index: int) -> None:
+        """Wait until all ranks have ended a phase."""
+        for _ in range(self._polls):
+            if self._node.flags.reached(phase, number):
+                return
+        self._caller.drive(wait(self._node.flags, phase, number), self._description, index)
 
     def _record(self, began_ns: int) -> None:
         """The trace of the call has it."""

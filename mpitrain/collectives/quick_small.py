@@ -35,12 +35,12 @@ class QuickSmall(Quick):
         if small.is_whole:
             self.run = self._run_whole(shape)  # type: ignore[method-assign]
 
-    def _come(self, data: NDArray[Any], /) -> None:
+    def _come(self, data: NDArray[Any], _total: NDArray[Any], /) -> None:
         self._small.bring(data)
         self._meeting.arrive(self._digest)
 
     def _reduce(self, data: NDArray[Any], total: NDArray[Any], index: int) -> None:
-        self._meet(data, index)
+        self._meet(data, total, index)
         self._caller.drive(self._small.take(data, total), self._description, index)
 
     def _run_whole(self, shape: tuple[int, ...]) -> Callable[..., NDArray[Any]]:  # noqa: C901, PLR0915
@@ -88,7 +88,8 @@ class QuickSmall(Quick):
                         if flags[flag + DIGEST] != digest:
                             agrees = False
                 if not agrees:
-                    self._come_again(data.reshape(-1), index)
+                    flat = data.reshape(-1)
+                    self._come_again(flat, flat, index)
                     reduce = reduce_1 if meeting.number & 1 else reduce_0
                 total = reduce() if result is None else reduce(result)
             except BaseException as error:

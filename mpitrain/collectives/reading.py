@@ -7,10 +7,9 @@ where they are small, or where one of them cannot be read, arrays pass through s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from mpitrain.collectives.direct import (
@@ -27,17 +26,13 @@ from mpitrain.collectives.direct import (
 )
 from mpitrain.collectives.executor import Task
 from mpitrain.collectives.gate import Gate
-from mpitrain.collectives.node import Node
+from mpitrain.collectives.node import Node, block_nbytes
 from mpitrain.collectives.reduction import Reduction
 from mpitrain.collectives.selection import LEAST_READ_NBYTES
-from mpitrain.memory import ScratchPool, address_of
+from mpitrain.memory import address_of
 
-__all__ = ["read_allreduce"]
+__all__ = ["Reading", "read_allreduce"]
 
-# What is read at once: with as much of its own a rank stays in its core's cache. It is shared by the peers, but below
-# the least there is more to ask for than to copy.
-_BLOCK_NBYTES = 512 << 10
-_LEAST_BLOCK_NBYTES = 64 << 10
 # Results are read to where they stay. Between two reads other operations get their turn.
 _RESULT_NBYTES = 8 << 20
 
@@ -50,7 +45,6 @@ def read_allreduce(
     number: int,
     *,
     across: Across | None,
-    scratch: ScratchPool,
     gate: Gate | None = None,
 ) -> Task[bool]:
     """Reduce `source` into `target`, which may be the same, if they are large and all ranks can read those of all.
@@ -62,7 +56,6 @@ def read_allreduce(
         reduction: Same on every rank.
         number: Of the operation; the same on every rank, larger than those before.
         across: How slices are reduced over the nodes; None where there is only one.
-        scratch: Lends what is read into.
         gate: Of the array if that has not arrived yet. Nobody can tell by an address how far it is, so it is not read.
 
     Returns:
@@ -83,36 +76,23 @@ def read_allreduce(
     if not all(map(all, shown)):
         return False
     stages = Stages(node.flags, number)
-    itemsize, size = target.itemsize, target.size
-    result_count = _RESULT_NBYTES // itemsize
-    # The ranks begin with different peers.
-    others = [(node.rank + step) % node.size for step in range(1, node.size)]
-    here = shown[node.rank][1]
+    reading = Reading(node, source, target, shown, reduction, across=across)
 
     def chain(first: int, last: int, piece: int) -> Task[None]:
-        begin, end = (first + bound for bound in slice_bounds(last - first, node, node.rank, itemsize, across))
-        there = [address + begin * itemsize for address, _ in shown]
-        yield from _reduce_read(
-            node, source[begin:end], there, target[begin:end], reduction, scratch=scratch, is_final=across is None
-        )
+        yield from reading.reduce(first, last)
         if across is not None:
+            begin, end = reading.bounds(first, last, node.rank)
             yield from finish_across(target[begin:end], reduction, number, piece, across)
         yield from stages.leave(REDUCED, piece)
         yield from stages.left_by_all(REDUCED, piece)
-        for owner in others:
-            begin, end = (first + bound for bound in slice_bounds(last - first, node, owner, itemsize, across))
-            for place in range(begin, end, result_count):
-                offset = place * itemsize
-                nbytes = (min(place + result_count, end) - place) * itemsize
-                memory.read(owner, shown[owner][1] + offset, here + offset, nbytes)
-                yield True
+        yield from reading.collect(first, last)
 
     if across is None:
         # Whole slices: what a peer has just written, and still has in its core's cache, takes longest to read.
-        yield from chain(0, size, 0)
+        yield from chain(0, target.size, 0)
     else:
         # As on other nodes, whose arrays may be staged.
-        count = staged_count(node, target.dtype)
+        size, count = target.size, staged_count(node, target.dtype)
         pieces = range(-(-size // count))
         yield from pipeline((chain(p * count, min((p + 1) * count, size), p) for p in pieces), NUM_STAGED)
     # Nobody may change an array that others still read.
@@ -121,46 +101,80 @@ def read_allreduce(
     return True
 
 
-def _reduce_read(
-    node: Node,
-    own: NDArray[Any],
-    addresses: Sequence[int],
-    target: NDArray[Any],
-    reduction: Reduction,
-    *,
-    scratch: ScratchPool,
-    is_final: bool,
-) -> Task[None]:
-    """Reduce one slice over the node, block by block, into `target`, which may lie where `own` does."""
-    assert node.cross_memory is not None
-    itemsize, size = own.itemsize, node.size
-    block_count = min(_block_count(node, itemsize), own.size)
-    # With more than two parts, only the first may be overwritten by the sum of it and another.
-    is_apart = size > 2 and node.rank > 0 and np.may_share_memory(own, target)
-    nbytes = block_count * itemsize
-    with scratch.borrow((size - 1 + is_apart) * nbytes) as memory:
-        found = list(memory.view(own.dtype).reshape(-1, block_count)) if nbytes else []
-        apart = found.pop() if is_apart else None
-        places = [address_of(part) for part in found]
-        peers = [rank for rank in range(size) if rank != node.rank]
-        for first in range(0, own.size, block_count or 1):
-            last = min(first + block_count, own.size)
-            parts = [part[: last - first] for part in found]
-            for rank, place in zip(peers, places, strict=True):
-                node.cross_memory.read(rank, addresses[rank] + first * itemsize, place, (last - first) * itemsize)
-            parts.insert(node.rank, own[first:last])
-            total = target[first:last] if apart is None else apart[: last - first]
-            if size > 1:
-                reduction.combine(parts, total)
-            else:
-                total[:] = parts[0]
-            if is_final:
-                reduction.finish(total)
-            if apart is not None:
-                target[first:last] = total
-            yield True
+class Reading:
+    """What a rank reads in one all-reduce.
 
+    Args:
+        node: Its node.
+        source: See `read_allreduce`; likewise the others.
+        target: See there.
+        shown: Addresses of sources and targets, by rank on the node.
+        reduction: See there.
+        across: See there.
+    """
 
-def _block_count(node: Node, itemsize: int) -> int:
-    """Return how many elements of each peer are read at once."""
-    return max(_LEAST_BLOCK_NBYTES, _BLOCK_NBYTES // max(1, node.size - 1)) // itemsize
+    def __init__(
+        self,
+        node: Node,
+        source: NDArray[Any],
+        target: NDArray[Any],
+        shown: Sequence[tuple[int, int]],
+        reduction: Reduction,
+        *,
+        across: Across | None,
+    ) -> None:
+        assert node.cross_memory is not None
+        self._node = node
+        self._read = node.cross_memory.read
+        self._source = source
+        self._target = target
+        self._shown = shown
+        self._reduction = reduction
+        self._across = across
+
+    def bounds(self, first: int, last: int, owner: int) -> tuple[int, int]:
+        """Return begin and end of a rank's slice of some elements."""
+        begin, end = slice_bounds(last - first, self._node, owner, self._target.itemsize, self._across)
+        return first + begin, first + end
+
+    def reduce(self, first: int, last: int) -> Iterator[bool]:
+        """Reduce this rank's slice of some elements over the node, block by block."""
+        node, itemsize, reduction = self._node, self._target.itemsize, self._reduction
+        begin, end = self.bounds(first, last, node.rank)
+        count = block_nbytes(node.size) // itemsize
+        peers = [(rank, address) for rank, (address, _) in enumerate(self._shown) if rank != node.rank]
+        # With more than two parts, only the first may be overwritten by the sum of it and another.
+        is_apart = len(peers) > 1 and node.rank > 0 and self._source is self._target
+        with node.blocks() as memory:
+            found = list(memory.view(self._target.dtype).reshape(node.size, count))
+            apart = found.pop() if is_apart else None
+            places = [address_of(part) for part in found]
+            for at in range(begin, end, count):
+                length = min(count, end - at)
+                parts = [part[:length] for part in found[: len(peers)]]
+                for (rank, address), place in zip(peers, places, strict=False):
+                    self._read(rank, address + at * itemsize, place, length * itemsize)
+                parts.insert(node.rank, self._source[at : at + length])
+                target = self._target[at : at + length]
+                total = target if apart is None else apart[:length]
+                if peers:
+                    reduction.combine(parts, total)
+                elif self._source is not self._target:
+                    total[:] = parts[0]
+                if self._across is None:
+                    reduction.finish(total)
+                if apart is not None:
+                    target[:] = total
+                yield True
+
+    def collect(self, first: int, last: int) -> Iterator[bool]:
+        """Read what the others have reduced of some elements."""
+        node, itemsize = self._node, self._target.itemsize
+        here = self._shown[node.rank][1]
+        for step in range(1, node.size):  # the ranks begin with different peers
+            owner = (node.rank + step) % node.size
+            begin, end = (bound * itemsize for bound in self.bounds(first, last, owner))
+            there = self._shown[owner][1]
+            for at in range(begin, end, _RESULT_NBYTES):
+                self._read(owner, there + at, here + at, min(_RESULT_NBYTES, end - at))
+                yield True

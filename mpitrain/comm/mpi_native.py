@@ -65,11 +65,21 @@ class NativeCollectives:
                 return []
             return [Request(self._comm.Ibarrier())]
 
-    def allreduce(self, data: NDArray[Any], dtype: DType, op: ReduceOp, *, blocking: bool) -> list[Request]:
-        """Start reducing `data` over all ranks, in place."""
+    def allreduce(
+        self, data: NDArray[Any], dtype: DType, op: ReduceOp, *, blocking: bool, source: NDArray[Any] | None = None
+    ) -> list[Request]:
+        """Start reducing `data` over all ranks, in place.
+
+        Where all ranks block, all may give a `source` instead, which is reduced into `data`.
+        """
         datatype, mpi_op = self._reduction(dtype, op)
-        requests = []
+        requests: list[Request] = []
         with translated_errors("native allreduce"):
+            if source is not None:
+                assert blocking
+                for sent, piece in zip(_pieces(source), _pieces(data), strict=True):
+                    self._comm.Allreduce([sent, datatype], [piece, datatype], mpi_op)
+                return requests
             for piece in _pieces(data):
                 if blocking:
                     self._comm.Allreduce(MPI.IN_PLACE, [piece, datatype], mpi_op)

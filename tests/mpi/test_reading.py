@@ -30,7 +30,7 @@ def wanted(size, dtype="float32"):
 
 
 @pytest.mark.mpi(min_size=2)
-@pytest.mark.parametrize("algorithm", ["direct", "auto"])
+@pytest.mark.parametrize("algorithm", ["direct", "auto", "native"])
 @pytest.mark.parametrize("dtype", ["float32", "int64", "float16"])
 def test_sums_are_exact_in_every_form(comm, algorithm, dtype):
     mine, want = content(comm.rank, dtype), wanted(comm.size, dtype)
@@ -44,6 +44,22 @@ def test_sums_are_exact_in_every_form(comm, algorithm, dtype):
         for result in results:
             np.testing.assert_array_equal(np.asarray(result), want)
     np.testing.assert_array_equal(mine, content(comm.rank, dtype))
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("algorithm", ["direct", "native"])
+def test_ranks_may_call_different_forms(comm, algorithm):
+    mine, want = content(comm.rank), wanted(comm.size)
+    for turn in range(4 * comm.size):
+        form = (turn // 4 + comm.rank) % comm.size if turn % 4 else 0
+        if form == 0:
+            result = comm.allreduce(mine, algorithm=algorithm)
+        elif form == 1:
+            result = comm.allreduce_(mine.copy(), algorithm=algorithm)
+        else:
+            result = comm.allreduce(np.repeat(mine, 2)[::2], algorithm=algorithm)
+        np.testing.assert_array_equal(result, want)
+    np.testing.assert_array_equal(mine, content(comm.rank))
 
 
 @pytest.mark.mpi(min_size=2)

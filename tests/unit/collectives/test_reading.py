@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from mpitrain.collectives import Communicator, direct, reading
+from mpitrain.collectives import Communicator, direct, node, quick_ordinary, reading
 from mpitrain.collectives.progress import drive
 from mpitrain.collectives.reading import read_allreduce
 from mpitrain.collectives.reduction import Reduction
 from mpitrain.comm import ThreadTransport, run_ranks
 from mpitrain.errors import CollectiveError, CollectiveMismatchError, CommError
-from mpitrain.memory import CrossMemory, ReduceOp, ScratchPool, can_read, dtype_named, make_sample
+from mpitrain.memory import CrossMemory, ReduceOp, can_read, dtype_named, make_sample
 from tests.support.limits import HANG_S
 from tests.support.ranks import SETTINGS, outcome, run_communicators
 from tests.unit.collectives.test_direct import CASES, content, expected, group
@@ -25,9 +25,10 @@ from tests.unit.collectives.test_direct import CASES, content, expected, group
 def _small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     if not can_read([make_sample()]):
         pytest.skip("this system has no cross memory attach")
-    monkeypatch.setattr(reading, "LEAST_READ_NBYTES", 1)
-    monkeypatch.setattr(reading, "_BLOCK_NBYTES", 1024)
-    monkeypatch.setattr(reading, "_LEAST_BLOCK_NBYTES", 256)
+    for module in (reading, quick_ordinary):
+        monkeypatch.setattr(module, "LEAST_READ_NBYTES", 1)
+    monkeypatch.setattr(node, "_BLOCK_NBYTES", 1024)
+    monkeypatch.setattr(node, "_LEAST_BLOCK_NBYTES", 256)
     monkeypatch.setattr(reading, "_RESULT_NBYTES", 512)
 
 
@@ -48,16 +49,14 @@ def test_arrays_are_reduced_in_place_and_into_others(
     dtype = dtype_named(name)
 
     def run(transport: ThreadTransport) -> list[np.ndarray]:
-        node, across = group(transport, 4 * 1024)
-        reduction, scratch = Reduction(dtype, op, size), ScratchPool()
+        place, across = group(transport, 4 * 1024)
+        reduction = Reduction(dtype, op, size)
         source = content(transport.rank, count, dtype.storage)
         kept, target = source.copy(), np.zeros_like(source)
         for number in (1, 2):
-            assert drive(
-                read_allreduce(node, source, target, reduction, number, across=across, scratch=scratch), spin=False
-            )
+            assert drive(read_allreduce(place, source, target, reduction, number, across=across), spin=False)
             assert np.array_equal(source, kept)
-        assert drive(read_allreduce(node, source, source, reduction, 3, across=across, scratch=scratch), spin=False)
+        assert drive(read_allreduce(place, source, source, reduction, 3, across=across), spin=False)
         return [target, source]
 
     want = expected(size, count, name, op)
@@ -77,7 +76,7 @@ def test_bits_are_those_of_staged_arrays(size: int, ranks_per_node: int, name: s
     count = 3001
 
     def run(transport: ThreadTransport) -> set[bytes]:
-        node, across = group(transport, 4 * 1024)
+        place, across = group(transport, 4 * 1024)
         reduction = Reduction(dtype, ReduceOp.AVERAGE, size)
         random = np.random.default_rng(transport.rank).standard_normal(count).astype(np.float32)
         random = (random.view(np.uint32) >> 16).astype(np.uint16) if name == "bfloat16" else random
@@ -85,10 +84,10 @@ def test_bits_are_those_of_staged_arrays(size: int, ranks_per_node: int, name: s
         for number, stages in enumerate([False, transport.rank < ranks_per_node, True], start=1):
             array = random.copy()
             if stages:
-                drive(direct.staged_allreduce(node, array, reduction, number, across), spin=False)
+                drive(direct.staged_allreduce(place, array, reduction, number, across), spin=False)
             else:
                 assert drive(
-                    read_allreduce(node, array, array, reduction, number, across=across, scratch=ScratchPool()),
+                    read_allreduce(place, array, array, reduction, number, across=across),
                     spin=False,
                 )
             results.add(array.tobytes())
@@ -101,9 +100,9 @@ def test_an_array_that_cannot_be_read_on_one_rank_is_read_on_none(monkeypatch: p
     reduction = Reduction(dtype_named("int32"), ReduceOp.SUM, 3)
 
     def run(transport: ThreadTransport) -> tuple[bool, np.ndarray]:
-        node, across = group(transport, 4 * 1024)
+        place, across = group(transport, 4 * 1024)
         array = content(transport.rank, 100, np.dtype(np.int32))
-        done = drive(read_allreduce(node, array, array, reduction, 1, across=across, scratch=ScratchPool()), spin=False)
+        done = drive(read_allreduce(place, array, array, reduction, 1, across=across), spin=False)
         return done, array
 
     show = CrossMemory.show
