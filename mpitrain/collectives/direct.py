@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +25,7 @@ from mpitrain.collectives.executor import Task
 from mpitrain.collectives.gate import Gate
 from mpitrain.collectives.node import Flags, Node
 from mpitrain.collectives.reduction import Reduction
+from mpitrain.errors import CommError
 
 __all__ = [
     "EMPTIED",
@@ -34,6 +36,7 @@ __all__ = [
     "Across",
     "Stages",
     "finish_across",
+    "keeping",
     "pipeline",
     "shared_allreduce",
     "slice_bounds",
@@ -106,8 +109,8 @@ def shared_allreduce(
     flags.signal(FILLED, number)
     yield from wait(flags, FILLED, number)
     yield from pipeline((chain(piece) for piece in range(num_pieces)), _NUM_ACROSS)
-    flags.signal(REDUCED, number)
-    yield from wait(flags, REDUCED, number)
+    with keeping(flags, REDUCED, number):
+        yield from wait(flags, REDUCED, number)
 
 
 def staged_allreduce(
@@ -273,6 +276,25 @@ def pipeline(chains: Iterable[Task[None]], depth: int) -> Task[None]:
                     moved = True
         if any(window):
             yield moved
+
+
+@contextmanager
+def keeping(flags: Flags, phase: int, number: int) -> Iterator[None]:
+    """Say that this rank has ended the last phase of an operation; in the `with` block it waits until all others have.
+
+    Until then they may read its array, which nobody may change. Whoever cannot wait tells them, as all else looks well.
+
+    Raises:
+        CommError: Another rank could not wait.
+    """
+    try:
+        flags.signal(phase, number)
+        yield
+    except BaseException:
+        flags.take_back(number)
+        raise
+    if flags.was_taken_back(number):
+        raise CommError("collective: a rank was interrupted while others read its array; see what it says")
 
 
 def wait(flags: Flags, phase: int, number: int, part: int = 0) -> Task[None]:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpitrain.collectives.context import Context
-from mpitrain.collectives.direct import NUM_STAGED, Stages, pipeline, wait
+from mpitrain.collectives.direct import NUM_STAGED, Stages, keeping, pipeline, wait
 from mpitrain.collectives.executor import Task
 from mpitrain.collectives.layout import Layout
 from mpitrain.collectives.plan import Call, Plan
@@ -235,9 +235,8 @@ def plan_exchange(
             node.flags.signal(_FILLED, call.number + 1)
             yield from wait(node.flags, _FILLED, call.number + 1)
             exchange.take_shared(array.everybodys)
-            # Nobody may write to an array that others still read.
-            node.flags.signal(_TAKEN, call.number + 1)
-            yield from wait(node.flags, _TAKEN, call.number + 1)
+            with keeping(node.flags, _TAKEN, call.number + 1):
+                yield from wait(node.flags, _TAKEN, call.number + 1)
             return result()
 
         return Plan(f"{description} in shared memory", from_shared, uses_flags=True, nbytes=nbytes)

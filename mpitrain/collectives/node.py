@@ -40,6 +40,7 @@ _SLOT_GRAIN_NBYTES = 64
 # but below the least there is more to ask for than to copy.
 _BLOCK_NBYTES = 512 << 10
 _LEAST_BLOCK_NBYTES = 64 << 10
+_MOST_IDLE_BLOCKS = 4
 # Parts of an operation that flags can tell apart.
 _MOST_PARTS = 1 << 32
 _MIB = 1 << 20
@@ -53,8 +54,9 @@ def block_nbytes(size: int) -> int:
 class Flags:
     """Counters in shared memory: each rank says how far it is, and waits until all are as far.
 
-    An operation has a number and uses the slot of that number modulo the number of slots; what is written to a slot
-    only grows. So a rank that is late sees what it waits for even if another has reached the slot's next operation.
+    An operation has a number and uses the slot of that number modulo the number of slots; the numbers that are written
+    to a slot only grow. So a rank that is late sees what it waits for even if another has reached the slot's next
+    operation.
 
     Args:
         block: Its first bytes are the flags, zero at first.
@@ -97,6 +99,16 @@ class Flags:
             return None
         index = self._index(SHOWN, number)
         return [(flags[index + 1], flags[index + 2]) for flags in self._flags]
+
+    def take_back(self, number: int) -> None:
+        """Tell the others that what this rank has shown may change before they have read it."""
+        self._own[self._index(SHOWN, number) + 3] = number
+        self._fence()
+
+    def was_taken_back(self, number: int) -> bool:
+        """Whether any rank has said so of an operation that all have come to the end of."""
+        index = self._index(SHOWN, number) + 3
+        return any(flags[index] == number for flags in self._flags)
 
     @staticmethod
     def _index(phase: int, number: int) -> int:
@@ -183,7 +195,8 @@ class Node:
         except IndexError:
             memory = np.empty(self.size * block_nbytes(self.size), np.uint8)
         yield memory
-        self._idle_blocks.append(memory)
+        if len(self._idle_blocks) < _MOST_IDLE_BLOCKS:
+            self._idle_blocks.append(memory)
 
     def _try_cross_memory(self) -> CrossMemory | None:
         samples = self.gather(make_sample())

@@ -57,6 +57,12 @@ class _ObservedFlags:
             self._trace.enter(NEXT_STEPS[0])
         return shown
 
+    def take_back(self, number: int) -> None:
+        self._flags.take_back(number)
+
+    def was_taken_back(self, number: int) -> bool:
+        return self._flags.was_taken_back(number)
+
     def reached(self, phase: int, number: int, part: int = 0) -> bool:
         have_reached = self._flags.reached(phase, number, part)
         if have_reached:

@@ -8,12 +8,12 @@ from typing import Any
 from numpy.typing import NDArray
 
 from mpitrain.collectives.context import Context
-from mpitrain.collectives.direct import EMPTIED, REDUCED, wait
+from mpitrain.collectives.direct import EMPTIED, REDUCED, keeping, wait
 from mpitrain.collectives.executor import Task
 from mpitrain.collectives.node import SHOWN
 from mpitrain.collectives.plan import Call
 from mpitrain.collectives.quick import Caller, Quick
-from mpitrain.collectives.reading import Reading
+from mpitrain.collectives.reading import Reading, addresses_of
 from mpitrain.collectives.reduction import Reduction
 from mpitrain.collectives.selection import LEAST_READ_NBYTES
 
@@ -75,14 +75,12 @@ class QuickOrdinary(Quick):
 
         A few steps take as long as a megabyte that is read.
         """
-        began_ns = time.monotonic_ns()
         node, flags, number = self._node, self._node.flags, index + 1
-        assert node.cross_memory is not None
-        target = node.cross_memory.show(total)
         # Before the meeting, after which those have seen it who do the same.
-        flags.show(number, target if data is total else node.cross_memory.show(data), target)
+        flags.show(number, *addresses_of(data, total))
         self._meet(data, total, index)
-        self._await(SHOWN, number, index)
+        began_ns = time.monotonic_ns()
+        driven_ns = self._await(SHOWN, number, index)
         shown = flags.shown(number)
         assert shown is not None
         if not all(map(all, shown)):
@@ -91,20 +89,22 @@ class QuickOrdinary(Quick):
         for _ in reading.reduce(0, total.size):
             pass
         flags.signal(REDUCED, number)
-        self._await(REDUCED, number, index)
+        driven_ns += self._await(REDUCED, number, index)
         for _ in reading.collect(0, total.size):
             pass
-        flags.signal(EMPTIED, number)
-        self._await(EMPTIED, number, index)
-        self._caller.engine.book_blocking(began_ns)
+        with keeping(flags, EMPTIED, number):
+            driven_ns += self._await(EMPTIED, number, index)
+        self._caller.engine.book_blocking(began_ns + driven_ns)
         return True
 
-    def _await(self, phase: int, number: int, index: int) -> None:
-        """Wait until all ranks have ended a phase."""
+    def _await(self, phase: int, number: int, index: int) -> int:
+        """Wait until all ranks have ended a phase; return how many nanoseconds of that are counted already."""
         for _ in range(self._polls):
             if self._node.flags.reached(phase, number):
-                return
+                return 0
+        began_ns = time.monotonic_ns()
         self._caller.drive(wait(self._node.flags, phase, number), self._description, index)
+        return time.monotonic_ns() - began_ns
 
     def _record(self, began_ns: int) -> None:
         """The trace of the call has it."""

@@ -19,6 +19,7 @@ from mpitrain.collectives.direct import (
     Across,
     Stages,
     finish_across,
+    keeping,
     pipeline,
     slice_bounds,
     staged_count,
@@ -29,9 +30,9 @@ from mpitrain.collectives.gate import Gate
 from mpitrain.collectives.node import Node, block_nbytes
 from mpitrain.collectives.reduction import Reduction
 from mpitrain.collectives.selection import LEAST_READ_NBYTES
-from mpitrain.memory import address_of
+from mpitrain.memory import CrossMemory, address_of
 
-__all__ = ["Reading", "read_allreduce"]
+__all__ = ["Reading", "addresses_of", "read_allreduce"]
 
 # Results are read to where they stay. Between two reads other operations get their turn.
 _RESULT_NBYTES = 8 << 20
@@ -70,7 +71,8 @@ def read_allreduce(
     memory = node.cross_memory
     if memory is None or target.nbytes < LEAST_READ_NBYTES:
         return False
-    node.flags.show(number, *((memory.show(source), memory.show(target)) if gate is None else (0, 0)))
+    addresses = (0, 0) if gate is not None else addresses_of(source, target)
+    node.flags.show(number, *addresses)
     while (shown := node.flags.shown(number)) is None:
         yield False
     if not all(map(all, shown)):
@@ -95,10 +97,15 @@ def read_allreduce(
         size, count = target.size, staged_count(node, target.dtype)
         pieces = range(-(-size // count))
         yield from pipeline((chain(p * count, min((p + 1) * count, size), p) for p in pieces), NUM_STAGED)
-    # Nobody may change an array that others still read.
-    node.flags.signal(EMPTIED, number)
-    yield from wait(node.flags, EMPTIED, number)
+    with keeping(node.flags, EMPTIED, number):
+        yield from wait(node.flags, EMPTIED, number)
     return True
+
+
+def addresses_of(source: NDArray[Any], target: NDArray[Any]) -> tuple[int, int]:
+    """Return where others can read two arrays, which may be one; 0 where they cannot."""
+    there = CrossMemory.readable_address(target)
+    return there if source is target else CrossMemory.readable_address(source), there
 
 
 class Reading:

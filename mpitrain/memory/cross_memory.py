@@ -66,7 +66,7 @@ class CrossMemory:
         _read(self._pids[rank], source, target, nbytes, f"rank {rank} of this node")
 
     @staticmethod
-    def show(array: NDArray[Any]) -> int:
+    def readable_address(array: NDArray[Any]) -> int:
         """Return the address at which others can read an array, which is contiguous and not empty.
 
         0 if they cannot: memory of some devices has no pages that the kernel could look up.

@@ -231,7 +231,9 @@ class InFlight:
         """
         with self._lock:
             is_at_meeting = self._meeting is not None and self._meeting.visitor is not None
-            if is_at_meeting or any(isinstance(holder, Reservation) for holder in self._names.values()):
+            is_reserved = any(isinstance(holder, Reservation) for holder in self._names.values())
+            # Once the group has ended nothing is announced any more, and who joins learns why.
+            if self._closing is None and (is_at_meeting or is_reserved):
                 return False
             self._stand_in = stand_in
             return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -9,14 +10,17 @@ import pytest
 
 from mpitrain.collectives import direct
 from mpitrain.collectives.across import AcrossNodes
-from mpitrain.collectives.direct import pipeline, shared_allreduce, staged_allreduce
+from mpitrain.collectives.direct import REDUCED, pipeline, shared_allreduce, staged_allreduce
 from mpitrain.collectives.executor import Task
 from mpitrain.collectives.node import Node
 from mpitrain.collectives.progress import drive
 from mpitrain.collectives.reduction import Reduction
 from mpitrain.comm import ThreadTransport, Topology, run_ranks
 from mpitrain.config import Settings
+from mpitrain.errors import CommError
 from mpitrain.memory import ReduceOp, ScratchPool, dtype_named
+from tests.support.limits import HANG_S
+from tests.support.ranks import outcome
 
 SETTINGS = Settings(segment_nbytes=256)
 CASES = [  # ranks, ranks per node
@@ -141,3 +145,31 @@ def test_a_chain_begins_when_the_one_depth_places_before_has_ended():
         assert 0 not in active or max(begun) < 4
     assert begun == list(range(13))
     assert not active
+
+
+def test_a_rank_that_cannot_wait_for_the_last_phase_tells_the_others() -> None:
+    # They may have read what it has changed since.
+    reduction = Reduction(dtype_named("float32"), ReduceOp.SUM, 2)
+    has_ended = threading.Event()
+
+    def run(transport: ThreadTransport) -> list[BaseException | object]:
+        node, across = group(transport, 4 * 1024)
+        buffers = node.allocate(400).typed(np.dtype(np.float32), 0, 100)
+        task = shared_allreduce(node, buffers, reduction, 1, across)
+        if transport.rank:
+            next(task)
+            has_ended.wait(HANG_S)
+            found = [outcome(lambda: drive(task, spin=False))]
+        else:
+            while not node.flags._own[node.flags._index(REDUCED, 1)]:
+                next(task)
+            task.close()
+            found = []
+            has_ended.set()
+        # A later one is one like any other.
+        return [*found, outcome(lambda: drive(shared_allreduce(node, buffers, reduction, 2, across), spin=False))]
+
+    (last,), (error, other_last) = run_ranks(2, run)
+    assert isinstance(error, CommError)
+    assert last is None
+    assert other_last is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,13 @@ import pytest
 import torch
 
 from mpitrain.collectives import Communicator, direct, node, quick_ordinary, reading
+from mpitrain.collectives.node import Flags
 from mpitrain.collectives.progress import drive
 from mpitrain.collectives.reading import read_allreduce
 from mpitrain.collectives.reduction import Reduction
 from mpitrain.comm import ThreadTransport, run_ranks
 from mpitrain.errors import CollectiveError, CollectiveMismatchError, CommError
-from mpitrain.memory import CrossMemory, ReduceOp, can_read, dtype_named, make_sample
+from mpitrain.memory import CrossMemory, ReduceOp, address_of, can_read, dtype_named, make_sample
 from tests.support.limits import HANG_S
 from tests.support.ranks import SETTINGS, outcome, run_communicators
 from tests.unit.collectives.test_direct import CASES, content, expected, group
@@ -105,10 +107,10 @@ def test_an_array_that_cannot_be_read_on_one_rank_is_read_on_none(monkeypatch: p
         done = drive(read_allreduce(place, array, array, reduction, 1, across=across), spin=False)
         return done, array
 
-    show = CrossMemory.show
+    show = CrossMemory.readable_address
     hidden = content(1, 100, np.dtype(np.int32))
     monkeypatch.setattr(
-        CrossMemory, "show", staticmethod(lambda array: 0 if np.array_equal(array, hidden) else show(array))
+        CrossMemory, "readable_address", staticmethod(lambda array: 0 if np.array_equal(array, hidden) else show(array))
     )
     for rank, (done, array) in enumerate(run_ranks(3, run)):
         assert not done
@@ -192,3 +194,53 @@ def test_memory_that_is_gone_is_an_error_on_every_rank(monkeypatch: pytest.Monke
     for first, second in run_communicators(3, body, settings=SETTINGS.replace(staging_nbytes=1024), timeout_s=HANG_S):
         assert isinstance(first, CollectiveError)
         assert isinstance(second, CollectiveError)
+
+
+@pytest.mark.parametrize("is_recorded", [False, True])
+def test_a_rank_that_is_interrupted_while_others_read_its_array(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, is_recorded: bool
+) -> None:
+    """It changes its array at once; no other rank returns what it has read too late."""
+    is_changed, is_interrupted = threading.Event(), threading.Event()
+    read, reached = CrossMemory.read, Flags.reached
+    results: dict[int, int] = {}
+
+    def read_late(memory: CrossMemory, rank: int, source: int, target: int, nbytes: int) -> None:
+        # What rank 0 has reduced, and rank 1 takes.
+        if is_interrupted.is_set() and rank == 0 and source == results[0]:
+            is_changed.wait(HANG_S)
+        read(memory, rank, source, target, nbytes)
+
+    def interrupt(flags: Flags, phase: int, number: int, part: int = 0) -> bool:
+        if is_interrupted.is_set() and phase == direct.EMPTIED and threading.current_thread() is first[0]:
+            raise KeyboardInterrupt
+        return reached(flags, phase, number, part)
+
+    monkeypatch.setattr(CrossMemory, "read", read_late)
+    monkeypatch.setattr(Flags, "reached", interrupt)
+    first: list[threading.Thread] = []
+
+    def body(comm: Communicator) -> BaseException | None:
+        array = np.ones(5000)
+        comm.allreduce_(array, algorithm="direct")
+        if is_recorded:
+            comm.timeline.start(tmp_path / "timeline.json")
+        results[comm.rank] = address_of(array)
+        if comm.rank == 0:
+            first.append(threading.current_thread())
+        comm.barrier()
+        is_interrupted.set()
+        try:
+            comm.allreduce_(array, algorithm="direct")
+        except (KeyboardInterrupt, CollectiveError) as error:
+            array[:] = -77
+            is_changed.set()
+            return error
+        finally:
+            if is_recorded:
+                comm.timeline.stop()
+        return None
+
+    interrupted, other = run_communicators(2, body, settings=SETTINGS.replace(staging_nbytes=1024))
+    assert isinstance(interrupted, KeyboardInterrupt)
+    assert isinstance(other, CommError)

@@ -57,10 +57,10 @@ def test_what_ends_in_the_middle_is_an_error() -> None:
 
 def test_only_what_can_be_read_is_shown() -> None:
     array = np.arange(10.0)
-    assert CrossMemory.show(array) == address_of(array)
-    assert CrossMemory.show(array[3:4]) == address_of(array) + 24
+    assert CrossMemory.readable_address(array) == address_of(array)
+    assert CrossMemory.readable_address(array[3:4]) == address_of(array) + 24
     # Its last byte cannot be read.
-    assert CrossMemory.show(_two_pages_of_which_one_is_closed()) == 0
+    assert CrossMemory.readable_address(_two_pages_of_which_one_is_closed()) == 0
 
 
 def test_another_process_is_not_taken_for_the_one_that_is_meant() -> None:
@@ -76,7 +76,7 @@ def test_without_such_a_function_nothing_can_be_read(monkeypatch: pytest.MonkeyP
     sample = make_sample()
     monkeypatch.setattr(cross_memory, "_function", lambda: None)
     assert not can_read([sample])
-    assert CrossMemory.show(np.ones(3)) == 0
+    assert CrossMemory.readable_address(np.ones(3)) == 0
     with pytest.raises(CommError, match="no cross memory attach"):
         CrossMemory([sample.pid]).read(0, sample.address, sample.address, 1)
 

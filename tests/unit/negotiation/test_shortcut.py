@@ -400,6 +400,20 @@ def test_a_rank_that_joins_while_another_thread_waits_does_not_overtake_it(
     assert run(2, body) == [[3.0], [3.0]]
 
 
+def test_a_rank_that_joins_after_its_operation_has_failed_learns_why() -> None:
+    def body(negotiator: Negotiator) -> list[Any]:
+        if negotiator.comm.rank:
+            negotiator.leave("has had enough")
+            return []
+        return [
+            outcome(lambda: reduce(negotiator, "x", 1.0)),
+            outcome(lambda: negotiator.join(lambda step: None).wait(HANG_S)),
+        ]
+
+    errors, _ = run(2, body)
+    assert all(isinstance(error, RankFailedError) for error in errors), errors
+
+
 @pytest.mark.parametrize("missing", [0, 2])
 def test_an_end_after_a_set_time(missing: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock goes when the others have come."""
