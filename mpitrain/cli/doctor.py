@@ -25,7 +25,6 @@ from mpitrain.doctor import (
     check_packages,
     check_reach,
     facts_of_rank,
-    reads_memory,
     why_mpi_does_not_start,
 )
 from mpitrain.errors import LaunchError
@@ -90,7 +89,7 @@ def _examine_ranks(findings: list[Finding]) -> tuple[list[Finding], bool]:
     topology = Topology.discover(transport)
     mine += check_host(topology.local_size, topology.cores_per_rank)
     samples = transport.gather_everywhere((topology.node_index, make_sample()))
-    if topology.local_size > 1 and reads_memory():
+    if topology.local_size > 1:
         mine.append(check_cross_memory([sample for node_index, sample in samples if node_index == topology.node_index]))
     everybodys: list[tuple[list[Finding], dict[str, str]]] = transport.gather_everywhere(
         (mine, facts_of_rank(library_facts().title))

@@ -42,6 +42,16 @@ def timeline(*, file: Path, svg_path: Path | None, begin_s: float, end_s: float 
         except OSError as error:
             raise ValueError(f"picture: cannot be stored, got {error}; name another file with --svg") from None
         console.print(f"drawn in {svg_path}", soft_wrap=True, highlight=False)
+        first_s = _first_pass_s(trace)
+        if not begin_s and first_s > trace["otherData"]["duration_s"] / 4:
+            hint = f"the first backward pass begins at {first_s:.2f} s: draw from there with --begin {first_s:.2f}"
+            console.print(hint, soft_wrap=True, highlight=False)
+
+
+def _first_pass_s(trace: dict[str, Any]) -> float:
+    """Return when a backward pass begins for the first time; 0 if there is none."""
+    begins_us = [event["ts"] for event in trace["traceEvents"] if event["name"] == "backward" and event["ph"] == "X"]
+    return min(begins_us, default=0.0) / 1e6
 
 
 def _table_of_times(trace: dict[str, Any]) -> rich.table.Table:

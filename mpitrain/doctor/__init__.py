@@ -1,7 +1,7 @@
 """Finds out whether training can run here, and says what to do where it cannot."""
 
 from mpitrain.doctor.findings import Finding, Status, can_train
-from mpitrain.doctor.host import check_cross_memory, check_host, reads_memory
+from mpitrain.doctor.host import check_cross_memory, check_host
 from mpitrain.doctor.launching import check_launcher, check_reach
 from mpitrain.doctor.mpi import check_mpi, why_mpi_does_not_start
 from mpitrain.doctor.packages import check_packages
@@ -19,6 +19,5 @@ __all__ = [
     "check_packages",
     "check_reach",
     "facts_of_rank",
-    "reads_memory",
     "why_mpi_does_not_start",
 ]

@@ -9,7 +9,7 @@ from mpitrain.config import Settings, copy_environment, unused_horovod_variables
 from mpitrain.doctor.findings import Finding
 from mpitrain.memory import Sample, can_read, free_shared_nbytes, total_shared_nbytes
 
-__all__ = ["check_cross_memory", "check_host", "reads_memory", "usable_cores"]
+__all__ = ["check_cross_memory", "check_host", "usable_cores"]
 
 _MIB = 1 << 20
 # Staging memory and the buckets of a model of some size, for every rank.
@@ -31,18 +31,11 @@ def check_host(local_size: int, cores_per_rank: float) -> list[Finding]:
     return [_check_shared_memory(local_size), _check_cores(local_size, cores_per_rank), _check_settings()]
 
 
-def reads_memory() -> bool:
-    """Whether the settings let ranks read each other's memory at all; what is wrong with them is told elsewhere."""
-    try:
-        settings = Settings.from_environ()
-    except ValueError:
-        return False
-    return settings.shared_memory and settings.cross_memory
-
-
 def check_cross_memory(samples: Sequence[Sample]) -> Finding:
     """Try to read the memory of other processes of this host, of which these are samples."""
     name = "cross memory attach"
+    if not _reads_memory():
+        return Finding(name, "ok", "off, as MPITRAIN_CROSS_MEMORY or MPITRAIN_SHARED_MEMORY says")
     if can_read(samples):
         return Finding(name, "ok", "ranks of this host can read each other's arrays from where they lie")
     remedy = (
@@ -51,6 +44,15 @@ def check_cross_memory(samples: Sequence[Sample]) -> Finding:
     )
     text = "ranks of this host cannot read each other's arrays; large ones are copied twice, more slowly"
     return Finding(name, "warning", text, remedy)
+
+
+def _reads_memory() -> bool:
+    """Whether the settings let ranks read each other's memory at all; what is wrong with them is told elsewhere."""
+    try:
+        settings = Settings.from_environ()
+    except ValueError:
+        return False
+    return settings.shared_memory and settings.cross_memory
 
 
 def _check_shared_memory(local_size: int) -> Finding:

@@ -278,7 +278,7 @@ def test_hosts_are_reached_by_the_launchers_own_agent(folder, monkeypatch):
     assert check_reach(hosts)[0].text.endswith("none not found, by which they are reached")
 
 
-def test_memory_of_other_ranks_can_be_read_or_not():
+def test_memory_of_other_ranks_can_be_read_or_not(monkeypatch):
     sample = make_sample()
     if not can_read([sample]):
         pytest.skip("this system has no cross memory attach")
@@ -286,3 +286,5 @@ def test_memory_of_other_ranks_can_be_read_or_not():
     found = check_cross_memory([sample, sample._replace(token=bytes(16))])
     assert found.status == "warning"
     assert "--cap-add=SYS_PTRACE" in found.remedy
+    monkeypatch.setenv("MPITRAIN_CROSS_MEMORY", "0")
+    assert check_cross_memory([]).text.startswith("off, as MPITRAIN_CROSS_MEMORY")

@@ -80,7 +80,22 @@ def test_command_prints_times_and_draws(file, tmp_path):
     assert result.exception is None
     assert "backward" in result.output
     assert "10.0" in result.output
+    assert "--begin" not in result.output
     ET.parse(target)
+
+
+def test_command_tells_where_steps_begin_if_that_is_late(file, tmp_path):
+    trace = json.loads(file.read_text())
+    trace["otherData"]["duration_s"] = 3.4
+    for event in trace["traceEvents"]:
+        if event["ph"] == "X":
+            event["ts"] += 3.383e6
+    file.write_text(json.dumps(trace))
+    result = CliRunner().invoke(timeline, [str(file), "--svg", str(tmp_path / "all.svg")])
+    assert "the first backward pass begins at 3.38 s: draw from there with --begin 3.38" in result.output
+    result = CliRunner().invoke(timeline, [str(file), "--svg", str(tmp_path / "part.svg"), "--begin", "3.38"])
+    assert "first backward" not in result.output
+    assert "backward" in (tmp_path / "part.svg").read_text()
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"otherData": {"format": "other"}}', "no json"])
